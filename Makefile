@@ -1,0 +1,34 @@
+# `make run` and `make test` need nothing but Python 3.11 or newer, a shell and the package index.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.PHONY: run test lint types clean
+
+run: .venv/run  ## the main job: one network under every strategy
+	$(BIN)/tamegrad compare
+
+test: .venv/test
+	$(BIN)/python -m pytest
+
+lint: .venv/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/test
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+# Each stamp stands for one set of extras, and is renewed when what it was installed from changes.
+.venv/run: .venv/bin/python pyproject.toml constraints.txt
+	$(PIP) --editable '.[torch,study]'
+	touch $@
+
+.venv/test: .venv/bin/python pyproject.toml constraints.txt
+	$(PIP) --editable '.[torch,study,test]'
+	touch $@

@@ -1,0 +1,108 @@
+"""What tamegrad raises: every message says where, what was given, what is allowed and what to do next."""
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+
+__all__ = ["MissingExtraError", "NonFiniteGradientError", "SettingError", "TamegradError", "UnmatchedError"]
+
+
+class TamegradError(ValueError):
+    """Base of all errors that a user of tamegrad can mend.
+
+    Args:
+        where: The call, setting or file at fault, as the user wrote it.
+        got: What was found there.
+        allowed: What would have been accepted.
+        advice: What to do next.
+
+    Example:
+        >>> raise TamegradError("Clip(threshold=0)", got="0", allowed="a number above 0", advice="use Keep()")
+        Traceback (most recent call last):
+        tamegrad.errors.TamegradError: Clip(threshold=0): got 0; allowed: a number above 0; next: use Keep()
+    """
+
+    def __init__(self, where: str, *, got: str, allowed: str, advice: str) -> None:
+        self.where = where
+        self.got = got
+        self.allowed = allowed
+        self.advice = advice
+        super().__init__(f"{where}: got {got}; allowed: {allowed}; next: {advice}")
+
+
+class SettingError(TamegradError):
+    """A setting is not one that tamegrad knows: a threshold of zero, an unknown `per`, a model without parameters."""
+
+
+class UnmatchedError(TamegradError):
+    """A pattern matches nothing in the model; the message names what is closest."""
+
+
+class NonFiniteGradientError(TamegradError):
+    """A gradient holds NaN or infinity and `on_nonfinite="raise"` was asked for; no gradient was changed.
+
+    Args:
+        counts: For each parameter that has any, by its full name, how many values are NaN, plus and minus infinity.
+        layers: The layers that these parameters belong to.
+
+    Example:
+        >>> raise NonFiniteGradientError({"rnn.weight_hh_l0": (2, 1, 0)}, ["rnn.l0"])
+        Traceback (most recent call last):
+        tamegrad.errors.NonFiniteGradientError: gradients of layer 'rnn.l0': got rnn.weight_hh_l0: 2 NaN, 1 +inf;
+        allowed: finite values; next: look at the loss and the inputs of this step, or pass on_nonfinite="skip", "zero"
+        or "keep"
+    """
+
+    most_named = 10
+
+    def __init__(self, counts: Mapping[str, tuple[int, int, int]], layers: Sequence[str]) -> None:
+        self.counts = dict(counts)
+        self.layers = tuple(layers)
+        named = [
+            f"{name}: {', '.join(f'{n} {kind}' for n, kind in zip(numbers, ('NaN', '+inf', '-inf'), strict=True) if n)}"
+            for name, numbers in list(counts.items())[: self.most_named]
+        ]
+        more = len(counts) - len(named)
+        super().__init__(
+            f"gradients of layer{'' if len(layers) == 1 else 's'} {quoted(layers[: self.most_named])}",
+            got="; ".join(named) + (f"; and {more} parameters more" if more else ""),
+            allowed="finite values",
+            advice='look at the loss and the inputs of this step, or pass on_nonfinite="skip", "zero" or "keep"',
+        )
+
+
+class MissingExtraError(TamegradError, ImportError):
+    """A part of tamegrad was used whose optional dependencies are not installed; the message names the extra."""
+
+
+def closest(name: str, names: Iterable[str], most: int = 3) -> list[str]:
+    """Returns up to `most` of `names` that are spelled most like `name`, best first.
+
+    Args:
+        name: What the user wrote.
+        names: What exists.
+        most: How many to return at most.
+
+    Returns:
+        The closest names; fewer, if there are fewer. Nothing is too far away: a hint beats none.
+
+    Example:
+        >>> closest("rnn.0", ["embedding", "rnn.l0", "rnn.l1"], most=2)
+        ['rnn.l0', 'rnn.l1']
+    """
+    return difflib.get_close_matches(name, list(names), n=most, cutoff=0.0)
+
+
+def quoted(names: Iterable[str]) -> str:
+    """Returns names as a list for a message: `'a', 'b'`, or `none` if there are none.
+
+    Args:
+        names: The names, in the order to show.
+
+    Returns:
+        One line.
+
+    Example:
+        >>> quoted(["rnn.l0", "rnn.l1"])
+        "'rnn.l0', 'rnn.l1'"
+    """
+    return ", ".join(repr(name) for name in names) or "none"

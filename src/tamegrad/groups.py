@@ -1,0 +1,226 @@
+"""The policy compiled against one model: layers, the groups that their parameters form, and the plan that holds both.
+
+Plain data, no arrays. `P` is the number of parameters, `G` of groups.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from tamegrad.errors import SettingError, UnmatchedError, closest, quoted
+from tamegrad.policy import Override, Policy
+from tamegrad.strategies import Strategy
+
+__all__ = ["Group", "Layer", "Parameter", "Plan", "make_plan"]
+
+_ADVICE = "print(normalizer.plan), made without overrides, shows every layer and its parameter types"
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One parameter of a layer.
+
+    Args:
+        name: The full name, unique in the model: `encoder.0.bias`.
+        type: Its role in the layer: `bias`.
+    """
+
+    name: str
+    type: str
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """The parameters that one module owns.
+
+    Args:
+        name: The layer's name, unique in the model: `rnn.l0`.
+        parameters: Its parameters, in the order of the model.
+        owner: The module's own name where it differs (`rnn` of `rnn.l0`): a pattern that names the owner means all its
+            layers.
+        module_class: The module's class, for policies with classes as keys.
+    """
+
+    name: str
+    parameters: tuple[Parameter, ...]
+    owner: str | None = None
+    module_class: type | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names the layer answers to."""
+        return (self.name,) if self.owner is None else (self.name, self.owner)
+
+    @property
+    def types(self) -> tuple[str, ...]:
+        """Its parameter types, each once, in the order of its parameters."""
+        return tuple(dict.fromkeys(parameter.type for parameter in self.parameters))
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The parameters whose gradients share one norm.
+
+    Args:
+        name: Unique in the plan: `encoder.0`, `encoder.0/bias`, `encoder.0.bias` or `model`.
+        strategy: What is done to the group.
+        members: Positions of its parameters among the plan's.
+    """
+
+    name: str
+    strategy: Strategy
+    members: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every parameter of a model in exactly one group; printed, each layer, its parameter types, its strategy.
+
+    Args:
+        layers: The layers, in the order of the model.
+        groups: The groups, in the order of their first parameters.
+
+    Example:
+        >>> from tamegrad import Clip, Policy
+        >>> weight, bias = Parameter("out.weight", "weight"), Parameter("out.bias", "bias")
+        >>> print(make_plan([Layer("out", (weight, bias))], Policy(Clip(1.0), overrides={"*/bias": None})))
+        1 layer, 2 parameters, 2 groups
+        layer  strategy              parameter types
+        out    Clip(1, per="layer")  weight
+        out    Keep()                bias
+    """
+
+    layers: tuple[Layer, ...]
+    groups: tuple[Group, ...]
+
+    @cached_property
+    def parameters(self) -> tuple[Parameter, ...]:
+        """All parameters, layer by layer: what `Group.members` counts."""
+        return tuple(parameter for layer in self.layers for parameter in layer.parameters)
+
+    @cached_property
+    def group_of(self) -> tuple[int, ...]:
+        """For each parameter the position of its group."""
+        positions = {member: index for index, group in enumerate(self.groups) for member in group.members}
+        return tuple(positions[member] for member in range(len(self.parameters)))
+
+    def layers_of(self, names: Iterable[str]) -> list[str]:
+        """Returns the layers that own some parameters, each once, in the order of the model.
+
+        Args:
+            names: Full names of parameters.
+
+        Returns:
+            The layers' names.
+        """
+        wanted = set(names)
+        return [layer.name for layer in self.layers if any(parameter.name in wanted for parameter in layer.parameters)]
+
+    def __str__(self) -> str:
+        counts = (len(self.layers), "layer"), (len(self.parameters), "parameter"), (len(self.groups), "group")
+        rows = [("layer", "strategy", "parameter types"), *self._rows()]
+        first, second = (max(len(row[column]) for row in rows) for column in (0, 1))
+        lines = [", ".join(f"{count} {word}{'' if count == 1 else 's'}" for count, word in counts)]
+        lines += [f"{layer:{first}}  {strategy:{second}}  {types}" for layer, strategy, types in rows]
+        return "\n".join(lines)
+
+    def _rows(self) -> list[tuple[str, str, str]]:
+        rows: list[tuple[str, str, str]] = []
+        position = 0
+        for layer in self.layers:
+            types_of: dict[str, dict[str, None]] = {}
+            for parameter in layer.parameters:
+                strategy = str(self.groups[self.group_of[position]].strategy)
+                types_of.setdefault(strategy, {})[parameter.type] = None
+                position += 1
+            rows += [(layer.name, strategy, " ".join(types)) for strategy, types in types_of.items()]
+        return rows
+
+
+def make_plan(layers: Sequence[Layer], policy: Policy, known: Sequence[Layer] | None = None) -> Plan:
+    """Compiles a policy against the layers of a model.
+
+    Args:
+        layers: The layers to plan for, in the order of the model.
+        policy: Which layer gets which strategy.
+        known: All layers of the model, where `layers` are only some of them: an override that matches one of these is
+            no mistake.
+
+    Returns:
+        The plan.
+
+    Raises:
+        SettingError: If there is no parameter to plan for.
+        UnmatchedError: If an override matches no layer, or no parameter type of the layers that it matches.
+    """
+    if not any(layer.parameters for layer in layers):
+        raise SettingError(
+            "model", got="no parameters", allowed="a model with at least one parameter", advice="check what was passed"
+        )
+    for entry in policy.overrides:
+        _check_matches(entry, layers if known is None else known)
+
+    groups: dict[tuple[object, ...], tuple[str, Strategy, list[int]]] = {}
+    position = 0
+    for layer in layers:
+        for parameter in layer.parameters:
+            override = policy.override_for(layer.names, parameter.type, layer.module_class)
+            strategy = policy.default if override is None else override.strategy
+            key, name = _group_of(layer, parameter, override, strategy)
+            groups.setdefault(key, (name, strategy, []))[2].append(position)
+            position += 1
+    taken: dict[str, int] = {}
+    return Plan(
+        tuple(layers),
+        tuple(Group(_unique(name, taken), strategy, tuple(members)) for name, strategy, members in groups.values()),
+    )
+
+
+def _group_of(
+    layer: Layer, parameter: Parameter, override: Override | None, strategy: Strategy
+) -> tuple[tuple[object, ...], str]:
+    """Returns what identifies the group of a parameter, and the group's name."""
+    match strategy.per:
+        case "layer" if override is not None and override.type_pattern is not None:
+            # The strategy governs a part of the layer; the rest of it is a group of its own, or several.
+            return (override, layer), f"{layer.name}/{override.type_pattern}"
+        case "layer":
+            return (layer,), layer.name
+        case "param_type":
+            return (layer, parameter.type), f"{layer.name}/{parameter.type}"
+        case "tensor":
+            return (layer, parameter.name, "tensor"), parameter.name
+        case "model":
+            return (override, "model"), "model" if override is None else override.name
+
+
+def _unique(name: str, taken: dict[str, int]) -> str:
+    # A layer may be called "model", as the group of the whole model is: the second to come gets a number.
+    taken[name] = taken.get(name, 0) + 1
+    return name if taken[name] == 1 else f"{name} ({taken[name]})"
+
+
+def _check_matches(override: Override, layers: Sequence[Layer]) -> None:
+    matched = [layer for layer in layers if override.matches_layer(layer.names, layer.module_class)]
+    if override.type_pattern is None and matched:
+        return
+    if not matched:
+        if isinstance(override.key, type):
+            classes = dict.fromkeys(layer.module_class.__name__ for layer in layers if layer.module_class is not None)
+            wanted, known = "the class of a module that owns parameters", list(classes)
+        else:
+            wanted, known = "a layer's name, or a glob", [name for layer in layers for name in reversed(layer.names)]
+        raise UnmatchedError(
+            f"override {override.name!r}",
+            got=f"a key that matches none of {len(layers)} layers",
+            allowed=f"{wanted}; closest: {quoted(closest(override.name, dict.fromkeys(known)))}",
+            advice=_ADVICE,
+        )
+    types = list(dict.fromkeys(parameter_type for layer in matched for parameter_type in layer.types))
+    if not any(override.matches(layer.names, kind, layer.module_class) for layer in matched for kind in layer.types):
+        raise UnmatchedError(
+            f"override {override.name!r}",
+            got=f"a key that matches {quoted(layer.name for layer in matched[:3])}, but none of their parameter types",
+            allowed=f"a parameter type, or a glob; closest: {quoted(closest(override.type_pattern or '', types))}",
+            advice=_ADVICE,
+        )

@@ -1,0 +1,187 @@
+"""What every strategy means, in NumPy float64: the oracle of all tests, and `normalize` for users of NumPy.
+
+Plain rather than fast. A norm is held as `m·2^e`, so that no finite gradient overflows or underflows on the way.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tamegrad.errors import NonFiniteGradientError, SettingError
+from tamegrad.groups import Layer, Parameter, make_plan
+from tamegrad.policy import as_policy
+from tamegrad.report import GroupReport, Report
+from tamegrad.strategies import Clip, ClipValue, OnNonfinite, Renormalize, Strategy, check_on_nonfinite
+
+__all__ = ["normalize"]
+
+Array: TypeAlias = NDArray[np.floating[Any]]
+Group: TypeAlias = Sequence[NDArray[np.float64]]
+
+_DTYPES = ("float16", "float32", "float64")
+_SMALLEST_NORMAL = float(np.finfo(np.float64).tiny)
+
+
+def normalize(
+    gradients: Mapping[str, Mapping[str, Array]], policy: object, *, on_nonfinite: OnNonfinite = "keep"
+) -> tuple[dict[str, dict[str, Array]], Report[NDArray[Any]]]:
+    """Normalizes gradients that are NumPy arrays; returns new arrays and leaves the given ones alone.
+
+    Args:
+        gradients: From a layer's name to its parameter types to their gradients: float16, float32 or float64, of any
+            shape.
+        policy: A `Policy`, a strategy, or a member of `GradientNormalization` (threshold 1.0).
+        on_nonfinite: What happens to a group with NaN or infinity: `"keep"` leaves it as it is, `"zero"` makes it zero,
+            and the other groups are normalized as ever; `"skip"` leaves all groups as they are, `"raise"` raises.
+
+    Returns:
+        The gradients afterwards, in the dtypes they had, and the report of the step.
+
+    Raises:
+        SettingError: If a setting is unknown, a gradient is no floating-point array, or there are no gradients.
+        UnmatchedError: If an override matches no layer.
+        NonFiniteGradientError: If a gradient is not finite under `on_nonfinite="raise"`.
+
+    Example:
+        >>> import numpy as np
+        >>> from tamegrad import Clip, normalize
+        >>> after, report = normalize({"out": {"weight": np.array([3.0, 0.0]), "bias": np.array([4.0])}}, Clip(1.0))
+        >>> after["out"]["weight"], after["out"]["bias"]
+        (array([0.6, 0. ]), array([0.8]))
+        >>> report["out"].norm
+        5.0
+    """
+    check_on_nonfinite(on_nonfinite)
+    layers = [
+        Layer(name, tuple(Parameter(f"{name}.{kind}", kind) for kind in types)) for name, types in gradients.items()
+    ]
+    plan = make_plan(layers, as_policy(policy, None, "normalize(policy)"))
+    given = [array for types in gradients.values() for array in types.values()]
+    wide = [_widened(parameter.name, array) for parameter, array in zip(plan.parameters, given, strict=True)]
+    counts = {parameter.name: _count_nonfinite(array) for parameter, array in zip(plan.parameters, wide, strict=True)}
+    bad = {name: count for name, count in counts.items() if any(count)}
+    if bad and on_nonfinite == "raise":
+        raise NonFiniteGradientError(bad, plan.layers_of(bad))
+    skipped = bool(bad) and on_nonfinite == "skip"
+
+    rows, after = [], list(given)
+    for group in plan.groups:
+        members: Group = [wide[member] for member in group.members]
+        nonfinite = sum(sum(counts[plan.parameters[member].name]) for member in group.members)
+        clipped, arrays = False, members
+        if nonfinite and on_nonfinite == "zero":
+            arrays = [np.zeros_like(array) for array in members]
+        elif not nonfinite and not skipped:
+            arrays, clipped = _apply(group.strategy, members)
+        rows.append(_row(group.name, members, arrays, clipped=clipped, nonfinite=nonfinite))
+        for member, array in zip(group.members, arrays, strict=True):
+            after[member] = array.astype(given[member].dtype)
+    flat = iter(after)
+    result = {layer: {kind: next(flat) for kind in types} for layer, types in gradients.items()}
+    return result, _report(rows, norm_of(wide).value, skipped=skipped)
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """A Euclidean norm, `mantissa·2^exponent`; zero, NaN and infinity have the exponent 0."""
+
+    mantissa: float
+    exponent: int
+
+    @property
+    def value(self) -> float:
+        """The norm as one float64: infinite if a finite norm is past 1.8e308."""
+        return _ldexp(self.mantissa, self.exponent)
+
+
+def norm_of(group: Group) -> Norm:
+    """Measures all values of some arrays as one vector.
+
+    Args:
+        group: Float64 arrays of any shapes.
+
+    Returns:
+        The norm: 0 of nothing, NaN or infinite if a value is.
+
+    Example:
+        >>> norm_of([np.array([0.0]), np.array([[-4e200]])]).value
+        4e+200
+    """
+    largest = float(np.max([np.abs(array).max(initial=0.0) for array in group], initial=0.0))
+    if largest == 0 or not math.isfinite(largest):
+        return Norm(largest, 0)
+    exponent = math.frexp(largest)[1]
+    squares = math.fsum(float(np.square(np.ldexp(array, -exponent)).sum()) for array in group)
+    return Norm(math.sqrt(squares), exponent)
+
+
+def _apply(strategy: Strategy, group: Group) -> tuple[Group, bool]:
+    """The definitions: what a strategy makes of a finite group (the same object if nothing), and whether it shrank."""
+    norm = norm_of(group)
+    match strategy:
+        case Clip(threshold) if norm.value > threshold:
+            return _rescaled(group, norm, threshold), True
+        case Renormalize() if norm.value not in (0, 1):
+            return _rescaled(group, norm, 1.0), norm.value > 1
+        case ClipValue(threshold) if any((np.abs(array) > threshold).any() for array in group):
+            return [np.clip(array, -threshold, threshold) for array in group], True
+        case _:
+            return group, False
+
+
+def _rescaled(group: Group, norm: Norm, target: float) -> Group:
+    """Returns `target·G/‖G‖`, by one factor where a float64 can hold it."""
+    scale = _ldexp(target / norm.mantissa, -norm.exponent)
+    if _SMALLEST_NORMAL <= scale < math.inf:
+        return [array * scale for array in group]
+    return [np.ldexp(array, -norm.exponent) / norm.mantissa * target for array in group]
+
+
+def _row(name: str, before: Group, after: Group, *, clipped: bool, nonfinite: int) -> GroupReport:
+    norm, norm_after = norm_of(before), norm_of(after)
+    if after is before:
+        scale = 1.0
+    elif nonfinite:
+        scale = 0.0
+    else:
+        scale = _ldexp(norm_after.mantissa / norm.mantissa, norm_after.exponent - norm.exponent)
+    return GroupReport(name, norm.value, scale, norm_after.value, clipped, nonfinite)
+
+
+def _ldexp(mantissa: float, exponent: int) -> float:
+    with np.errstate(over="ignore", under="ignore"):
+        return float(np.ldexp(mantissa, exponent))
+
+
+def _widened(name: str, array: object) -> NDArray[np.float64]:
+    if not isinstance(array, np.ndarray) or array.dtype not in _DTYPES:
+        raise SettingError(
+            f"normalize(gradients): {name}",
+            got=f"an array of {array.dtype}" if isinstance(array, np.ndarray) else f"a {type(array).__name__}",
+            allowed="a NumPy array of float16, float32 or float64",
+            advice="convert it with numpy.asarray(gradient, dtype=numpy.float32)",
+        )
+    return array.astype(np.float64)
+
+
+def _count_nonfinite(array: Array) -> tuple[int, int, int]:
+    """Returns how many values are NaN, plus and minus infinity."""
+    kinds = np.isnan(array), np.isposinf(array), np.isneginf(array)
+    return tuple(int(np.count_nonzero(kind)) for kind in kinds)  # type: ignore[return-value]  # three kinds, three counts
+
+
+def _report(rows: Sequence[GroupReport], total: float, *, skipped: bool) -> Report[NDArray[Any]]:
+    return Report(
+        groups=tuple(row.name for row in rows),
+        norms=np.array([row.norm for row in rows]),
+        scales=np.array([row.scale for row in rows]),
+        norms_after=np.array([row.norm_after for row in rows]),
+        clipped=np.array([row.clipped for row in rows]),
+        nonfinite=np.array([row.nonfinite for row in rows]),
+        total_norm=np.array(total),
+        skipped=skipped,
+    )
