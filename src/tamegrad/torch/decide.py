@@ -1,0 +1,140 @@
+"""The step between measuring and applying: arithmetic on one small table, on the device, without reading it.
+
+`G` is the number of groups. What a backend measures is a `(G, COLUMNS)` float64 table of sums; it adds up over tensors,
+devices and ranks. Squares are summed in three ranges (J. L. Blue, A Portable Fortran Program to Find the Euclidean
+Norm of a Vector, ACM TOMS 4(1), 1978, with the constants of LAPACK's dnrm2), so that no finite float64 overflows or
+underflows; the squares of float32 and smaller dtypes all fit the middle range.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from tamegrad.groups import Plan
+from tamegrad.strategies import Clip, ClipValue, OnNonfinite, Renormalize
+from torch import Tensor
+
+__all__ = ["Decision", "Thresholds", "decide"]
+
+# Columns of the table: sums of squares before (small, middle, big), counts of NaN, +inf and -inf, and for groups under
+# `ClipValue` the sums of squares after (small, middle, big) and the count of values that are cut.
+BEFORE, NONFINITE, AFTER, CUT = slice(0, 3), slice(3, 6), slice(6, 9), 9
+COLUMNS = 10
+
+SMALL_BELOW, BIG_ABOVE = 2.0**-511, 2.0**486
+SMALL_FACTOR, BIG_FACTOR = 2.0**537, 2.0**-538
+_SMALLEST_NORMAL = 2.0**-1022
+
+
+@dataclass(frozen=True, slots=True)
+class Thresholds:
+    """The strategies of a plan's groups as `(G,)` float64 vectors.
+
+    Args:
+        norms: The largest norm that is left alone: the threshold of `Clip`, 1 for `Renormalize`, else infinity.
+        values: The largest magnitude that is left alone: the threshold of `ClipValue`, else infinity.
+        renormalizes: Whether smaller norms are raised to `norms` as well; bool.
+    """
+
+    norms: Tensor
+    values: Tensor
+    renormalizes: Tensor
+
+    @classmethod
+    def of(cls, plan: Plan) -> "Thresholds":
+        """Reads them off a plan."""
+        norms, values, renormalizes = [], [], []
+        for group in plan.groups:
+            strategy = group.strategy
+            renormalizes.append(isinstance(strategy, Renormalize))
+            largest = strategy.threshold if isinstance(strategy, Clip) else math.inf
+            norms.append(1.0 if renormalizes[-1] else largest)
+            values.append(strategy.threshold if isinstance(strategy, ClipValue) else math.inf)
+        wide = torch.float64
+        return cls(torch.tensor(norms, dtype=wide), torch.tensor(values, dtype=wide), torch.tensor(renormalizes))
+
+    def to(self, device: torch.device) -> "Thresholds":
+        """Returns them on a device."""
+        return Thresholds(self.norms.to(device), self.values.to(device), self.renormalizes.to(device))
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What becomes of every group, as `(G,)` vectors on the device of the table; the first six are a report's.
+
+    A gradient `g` of the group becomes `min(max(g·first·second, -limit), limit)`, or 0 where `zeroed`. There are two
+    factors because the scale of a float64 group may be outside of what one float64 can hold; one is 1 elsewhere.
+    """
+
+    norms: Tensor
+    scales: Tensor
+    norms_after: Tensor
+    clipped: Tensor
+    nonfinite: Tensor
+    total_norm: Tensor
+    first: Tensor
+    second: Tensor
+    limits: Tensor
+    zeroed: Tensor
+
+    @property
+    def changed(self) -> Tensor:
+        """Whether a group's values change at all; `(G,)` bool."""
+        return (self.first != 1) | (self.second != 1) | (self.limits < math.inf) | self.zeroed
+
+
+def decide(table: Tensor, thresholds: Thresholds, on_nonfinite: OnNonfinite) -> Decision:
+    """Decides on every group from what was measured; nothing is read from the device.
+
+    Args:
+        table: `(G, COLUMNS)` float64, as the backends measure it.
+        thresholds: The plan's, on the same device.
+        on_nonfinite: `"zero"` zeroes groups with a NaN or an infinity; with any other choice they are left as they are.
+
+    Returns:
+        The decision.
+    """
+    root, unit = _norm(table[:, BEFORE])
+    norms = root * unit
+    nonfinite = table[:, NONFINITE].sum(1)
+    finite = nonfinite == 0
+    over = finite & (norms > thresholds.norms)
+    rescaled = over | (finite & thresholds.renormalizes & (root > 0) & (norms < thresholds.norms))
+    cut = finite & (table[:, CUT] > 0)
+    zeroed = ~finite if on_nonfinite == "zero" else torch.zeros_like(finite)
+
+    one, infinity = torch.ones_like(norms), torch.full_like(norms, math.inf)
+    ratio = torch.where(rescaled, thresholds.norms / root, one)
+    scale = torch.where(rescaled, ratio / unit, one)
+    fits = (scale >= _SMALLEST_NORMAL) & (scale < math.inf)
+    first, second = torch.where(fits, one, 1 / unit), torch.where(fits, scale, ratio)
+
+    root_after, unit_after = _norm(table[:, AFTER])
+    norms_after = torch.where(rescaled, thresholds.norms, torch.where(cut, root_after * unit_after, norms))
+    scales = torch.where(cut, root_after / root * (unit_after / unit), scale)
+    total_root, total_unit = _norm(table[:, BEFORE].sum(0, keepdim=True))
+    return Decision(
+        norms=norms,
+        scales=scales.masked_fill(zeroed, 0.0),
+        norms_after=norms_after.masked_fill(zeroed, 0.0),
+        clipped=over | cut,
+        nonfinite=nonfinite.to(torch.int64),
+        total_norm=(total_root * total_unit)[0],
+        first=first,
+        second=second,
+        limits=torch.where(cut, thresholds.values, infinity),
+        zeroed=zeroed,
+    )
+
+
+def _norm(sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Combines the three ranges of `(G, 3)` sums of squares to norms `root·unit`, where `unit` is a power of two."""
+    small, middle, big = sums.unbind(1)
+    is_big, is_small = big > 0, (big == 0) & (middle == 0)
+    # In the big range the smallest values no longer count; below it, small and middle ones may both.
+    root_big = torch.sqrt(big + middle * BIG_FACTOR * BIG_FACTOR)
+    root_middle = torch.hypot(torch.sqrt(middle), torch.sqrt(small) / SMALL_FACTOR)
+    root = torch.where(is_big, root_big, torch.where(is_small, torch.sqrt(small), root_middle))
+    one = torch.ones_like(root)
+    unit = torch.where(is_big, one / BIG_FACTOR, torch.where(is_small, one / SMALL_FACTOR, one))
+    return root, unit

@@ -1,0 +1,94 @@
+"""The plain backend: PyTorch's own operations, tensor by tensor, on any device that has float64."""
+
+from collections.abc import Sequence
+
+import torch
+from tamegrad.groups import Plan
+from tamegrad.strategies import ClipValue
+from tamegrad.torch.decide import (
+    AFTER,
+    BEFORE,
+    BIG_ABOVE,
+    BIG_FACTOR,
+    COLUMNS,
+    CUT,
+    NONFINITE,
+    SMALL_BELOW,
+    SMALL_FACTOR,
+    Decision,
+)
+from torch import Tensor
+
+__all__ = ["apply_", "measure"]
+
+
+def measure(gradients: Sequence[Tensor | None], plan: Plan) -> Tensor:
+    """Measures all groups.
+
+    Args:
+        gradients: One a parameter of the plan, of any shape; None where there is none.
+        plan: The plan.
+
+    Returns:
+        `(G, COLUMNS)` float64 on the device of the first gradient, or on the CPU if there is none.
+    """
+    present = [
+        (gradient, group) for gradient, group in zip(gradients, plan.group_of, strict=True) if gradient is not None
+    ]
+    home = present[0][0].device if present else torch.device("cpu")
+    table = torch.zeros(len(plan.groups), COLUMNS, dtype=torch.float64, device=home)
+    if present:
+        rows = torch.stack([_row(gradient, plan.groups[group].strategy).to(home) for gradient, group in present])
+        table.index_add_(0, torch.tensor([group for _, group in present], device=home), rows)
+    return table
+
+
+def apply_(gradients: Sequence[Tensor | None], plan: Plan, decision: Decision) -> None:
+    """Applies a decision in place.
+
+    On the CPU a group that keeps its values is not touched. Elsewhere everything is multiplied, with factors of 1 too,
+    because to look at the decision would make the host wait for the device.
+
+    Args:
+        gradients: As they were measured.
+        plan: The plan.
+        decision: What to do with each group.
+    """
+    changed = decision.changed.tolist() if decision.changed.device.type == "cpu" else [True] * len(plan.groups)
+    for gradient, group in zip(gradients, plan.group_of, strict=True):
+        if gradient is None or not changed[group]:
+            continue
+        vectors = (decision.first, decision.second, decision.limits, decision.zeroed)
+        first, second, limit, zeroed = (vector[group].to(gradient.device) for vector in vectors)
+        wide = (gradient.to(torch.float64) * first * second).clamp(-limit, limit)
+        gradient.copy_(wide.masked_fill_(zeroed, 0.0))
+
+
+def _row(gradient: Tensor, strategy: object) -> Tensor:
+    """Measures one tensor."""
+    row = torch.zeros(COLUMNS, dtype=torch.float64, device=gradient.device)
+    row[BEFORE] = _squares(gradient)
+    # Sums are finite exactly if all values are; on the CPU it costs nothing to look, elsewhere counting is cheaper.
+    if gradient.device.type != "cpu" or not row.isfinite().all():
+        kinds = torch.isnan(gradient), torch.isposinf(gradient), torch.isneginf(gradient)
+        row[NONFINITE] = torch.stack([kind.sum() for kind in kinds]).to(torch.float64)
+    if isinstance(strategy, ClipValue):
+        wide = gradient.to(torch.float64)
+        row[AFTER] = _squares(wide.clamp(-strategy.threshold, strategy.threshold))
+        row[CUT] = (wide.abs() > strategy.threshold).sum()
+    return row
+
+
+def _squares(values: Tensor) -> Tensor:
+    """Returns the sums of squares in the small, middle and big range, `(3,)` float64."""
+    if values.dtype != torch.float64:
+        middle = torch.linalg.vector_norm(values, dtype=torch.float64).square()
+        return torch.stack([torch.zeros_like(middle), middle, torch.zeros_like(middle)])
+    magnitudes = values.abs()
+    small, big = magnitudes < SMALL_BELOW, magnitudes > BIG_ABOVE
+    ranges = (
+        (magnitudes * SMALL_FACTOR).masked_fill_(~small, 0.0),
+        magnitudes.masked_fill(small | big, 0.0),
+        (magnitudes * BIG_FACTOR).masked_fill_(~big, 0.0),
+    )
+    return torch.stack([scaled.square_().sum() for scaled in ranges])
