@@ -4,11 +4,16 @@ import fnmatch
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 from tamegrad.errors import SettingError
 from tamegrad.strategies import Strategy, as_strategy
 
-__all__ = ["Policy"]
+__all__ = ["Overrides", "Policy"]
+
+# From a key to a strategy. The keys are names or classes: `Mapping` is invariant in them, so that a narrower type would
+# refuse an honest dict[str, ...]; they are checked when the policy is made.
+Overrides: TypeAlias = Mapping[Any, object]
 
 # The slash between layer and type is the first one outside of brackets, so that "[/]" is a slash of a layer's name.
 _KEY = re.compile(r"(?P<layer>(?:\[[^]]+\]|[^/\[]|\[)+)(?:/(?P<type>.+))?")
@@ -103,7 +108,7 @@ class Policy:
     default: Strategy
     overrides: tuple[Override, ...]
 
-    def __init__(self, default: object = None, overrides: Mapping[str | type, object] | None = None) -> None:
+    def __init__(self, default: object = None, overrides: Overrides | None = None) -> None:
         made = tuple(
             Override(key, as_strategy(value, f"Policy(overrides[{key!r}])")) for key, value in (overrides or {}).items()
         )
@@ -163,7 +168,7 @@ class Policy:
         return next((o for o in self.overrides if o.matches(names, param_type, module_class)), None)
 
 
-def as_policy(value: object, overrides: Mapping[str | type, object] | None, where: str) -> Policy:
+def as_policy(value: object, overrides: Overrides | None, where: str) -> Policy:
     """Returns the policy that a user meant.
 
     Args:

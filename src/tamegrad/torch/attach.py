@@ -1,10 +1,11 @@
 """Normalizes right before an optimizer's step, whoever calls it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from tamegrad.errors import SettingError
+from tamegrad.policy import Overrides
 from tamegrad.strategies import OnNonfinite
 from tamegrad.torch.kernels import BackendName
 from tamegrad.torch.layers import find_layers
@@ -19,7 +20,7 @@ def attach(
     optimizer: torch.optim.Optimizer,
     policy: object,
     *,
-    overrides: Mapping[str | type, object] | None = None,
+    overrides: Overrides | None = None,
     layers: Sequence[str] | None = None,
     on_nonfinite: OnNonfinite = "keep",
     backend: BackendName = "auto",
@@ -79,7 +80,7 @@ class AttachedNormalizer(GradientNormalizer):
         optimizer: torch.optim.Optimizer,
         policy: object,
         *,
-        overrides: Mapping[str | type, object] | None,
+        overrides: Overrides | None,
         layers: Sequence[str] | None,
         on_nonfinite: OnNonfinite,
         backend: BackendName,

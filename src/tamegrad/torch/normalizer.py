@@ -1,11 +1,11 @@
 """The four steps for a PyTorch model: measure, reduce, decide, apply."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from tamegrad.errors import NonFiniteGradientError, SettingError
 from tamegrad.groups import Plan, make_plan
-from tamegrad.policy import as_policy
+from tamegrad.policy import Overrides, as_policy
 from tamegrad.report import Report
 from tamegrad.strategies import GradientNormalization, OnNonfinite, check_on_nonfinite
 from tamegrad.torch.decide import Decision, Thresholds, decide
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 __all__ = ["GradientNormalizer", "normalize_grad_"]
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class GradientNormalizer:
@@ -58,7 +58,7 @@ class GradientNormalizer:
         model: nn.Module,
         policy: object,
         *,
-        overrides: Mapping[str | type, object] | None = None,
+        overrides: Overrides | None = None,
         layers: Sequence[str] | None = None,
         parameters: Iterable[nn.Parameter] | None = None,
         on_nonfinite: OnNonfinite = "keep",
@@ -130,7 +130,7 @@ def normalize_grad_(
     policy: object,
     *,
     threshold: float | None = None,
-    overrides: Mapping[str | type, object] | None = None,
+    overrides: Overrides | None = None,
     layers: Sequence[str] | None = None,
     on_nonfinite: OnNonfinite = "keep",
     backend: BackendName = "auto",
@@ -179,7 +179,7 @@ def normalize_grad_(
 
 
 def _check_kind(name: str, gradient: Tensor) -> None:
-    if gradient.layout != torch.strided or gradient.dtype not in _DTYPES:
+    if gradient.layout != torch.strided or gradient.dtype not in DTYPES:
         raise SettingError(
             f"gradient of {name}",
             got=f"{gradient.dtype} in the layout {gradient.layout}",

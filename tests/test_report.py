@@ -1,0 +1,48 @@
+import numpy as np
+import pytest
+
+from tamegrad import Clip, GroupReport, UnmatchedError, normalize
+
+GRADIENTS = {
+    "rnn.l0": {"weight": np.array([3.0, 4.0])},
+    "out": {"weight": np.array([0.5])},
+    "bad": {"weight": np.array([np.nan, np.inf, 1.0])},
+}
+
+
+def test_a_row_is_plain_python_numbers() -> None:
+    _, report = normalize(GRADIENTS, Clip(1.0))
+    row = report["rnn.l0"]
+    assert row == GroupReport("rnn.l0", norm=5.0, scale=0.2, norm_after=1.0, clipped=True, nonfinite=0)
+    assert [type(value) for value in (row.norm, row.scale, row.norm_after, row.clipped, row.nonfinite)] == [
+        float,
+        float,
+        float,
+        bool,
+        int,
+    ]
+    assert report.rows()[0] == row
+
+
+def test_an_unknown_name_names_the_closest() -> None:
+    _, report = normalize(GRADIENTS, Clip(1.0))
+    with pytest.raises(UnmatchedError, match=r"^report\[name\]: got 'rnn.0'; .*3 groups; closest: 'rnn.l0'.*; next: "):
+        report["rnn.0"]
+
+
+def test_prints_as_a_table() -> None:
+    _, report = normalize(GRADIENTS, Clip(1.0))
+    assert str(report).splitlines() == [
+        "3 groups, total norm nan, 1 clipped, 1 non-finite",
+        "group   norm  scale  norm after  clipped  non-finite",
+        "rnn.l0  5     0.2    1           yes",
+        "out     0.5   1      0.5",
+        "bad     nan   1      nan                  2",
+    ]
+
+
+def test_says_when_the_step_was_skipped() -> None:
+    _, report = normalize(GRADIENTS, Clip(1.0), on_nonfinite="skip")
+    assert report.skipped
+    assert "step skipped" in str(report)
+    assert report["rnn.l0"] == GroupReport("rnn.l0", norm=5.0, scale=1.0, norm_after=5.0, clipped=False, nonfinite=0)

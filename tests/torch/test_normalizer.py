@@ -1,0 +1,180 @@
+import math
+from typing import Any
+
+import pytest
+
+import torch
+from tamegrad import (
+    Clip,
+    ClipValue,
+    GradientNormalization,
+    GroupReport,
+    Keep,
+    NonFiniteGradientError,
+    Policy,
+    Renormalize,
+    SettingError,
+    UnmatchedError,
+)
+from tamegrad.torch import GradientNormalizer, normalize_grad_
+from torch import Tensor, nn
+
+
+def two_layers(first: list[float], second: list[float]) -> Any:
+    """A model whose layers `a` and `b` have these gradients."""
+    model = nn.ModuleDict()
+    for name, values in {"a": first, "b": second}.items():
+        model[name] = nn.Module()
+        model[name].weight = nn.Parameter(torch.zeros(len(values)))
+        model[name].weight.grad = torch.tensor(values)
+    return model
+
+
+def gradients(model: nn.Module) -> list[list[float]]:
+    return [[] if parameter.grad is None else parameter.grad.tolist() for parameter in model.parameters()]
+
+
+def test_normalizes_in_place_and_reports() -> None:
+    model = two_layers([3.0, 4.0], [0.0, 0.5])
+    held = [parameter.grad for parameter in model.parameters()]
+    report = normalize_grad_(model, Clip(1.0))
+    assert held[0] is not None
+    torch.testing.assert_close(held[0], torch.tensor([0.6, 0.8]))
+    assert report["a"] == GroupReport("a", norm=5.0, scale=0.2, norm_after=1.0, clipped=True, nonfinite=0)
+    assert report["b"] == GroupReport("b", norm=0.5, scale=1.0, norm_after=0.5, clipped=False, nonfinite=0)
+    assert report.total_norm.item() == math.sqrt(25.25)
+    assert not report.skipped
+
+
+def test_keep_measures() -> None:
+    model = two_layers([3.0, 4.0], [0.0, 0.5])
+    report = normalize_grad_(model, Keep())
+    assert report.norms.tolist() == [5.0, 0.5]
+    assert gradients(model) == [[3.0, 4.0], [0.0, 0.5]]
+
+
+def test_clipping_values_reports_the_layer() -> None:
+    report = normalize_grad_(two_layers([3.0, -4.0], [0.5, 0.25]), ClipValue(3.0))
+    assert report["a"].norm_after == math.sqrt(18)
+    assert report["a"].scale == pytest.approx(math.sqrt(18) / 5)
+    assert report.clipped.tolist() == [True, False]
+
+
+def test_there_is_no_report_before_the_first_step() -> None:
+    assert GradientNormalizer(two_layers([1.0], [1.0]), Clip(1.0)).report is None
+
+
+def test_a_report_is_a_snapshot() -> None:
+    model = two_layers([3.0, 4.0], [1.0, 0.0])
+    normalizer = GradientNormalizer(model, Clip(1.0))
+    first = normalizer.normalize_()
+    second = normalizer.normalize_()
+    assert normalizer.report is second
+    assert first["a"].norm == 5.0
+    assert second["a"].norm == pytest.approx(1.0)
+
+
+def test_a_parameter_without_a_gradient_counts_as_nothing() -> None:
+    model = two_layers([3.0, 4.0], [1.0, 0.0])
+    model["b"].weight.grad = None
+    report = normalize_grad_(model, Renormalize(per="model"))
+    assert report["model"].norm == 5.0
+    model["a"].weight.grad = None
+    report = normalize_grad_(model, Renormalize())
+    assert report["a"] == GroupReport("a", norm=0.0, scale=1.0, norm_after=0.0, clipped=False, nonfinite=0)
+    assert gradients(model) == [[], []]
+
+
+def test_a_gradient_that_two_parameters_share_is_scaled_once() -> None:
+    model = two_layers([3.0, 4.0], [0.0, 0.0])
+    model["b"].weight.grad = model["a"].weight.grad
+    normalize_grad_(model, Clip(1.0))
+    torch.testing.assert_close(model["a"].weight.grad, torch.tensor([0.6, 0.8]))
+
+
+@pytest.mark.parametrize(
+    ("on_nonfinite", "bad", "good"),
+    [("keep", [math.inf, 8.0], [0.6, 0.8]), ("zero", [0.0, 0.0], [0.6, 0.8]), ("skip", [math.inf, 8.0], [3.0, 4.0])],
+)
+@pytest.mark.parametrize("strategy", [Clip(1.0), Renormalize(), Clip(1.0, per="tensor"), Clip(1.0, per="param_type")])
+def test_a_nonfinite_layer_never_changes_another(
+    on_nonfinite: str, bad: list[float], good: list[float], strategy: Clip | Renormalize
+) -> None:
+    model = two_layers([math.inf, 8.0], [3.0, 4.0])
+    report = normalize_grad_(model, strategy, on_nonfinite=on_nonfinite)  # type: ignore[arg-type]
+    torch.testing.assert_close(gradients(model), [bad, good])
+    assert report.nonfinite.tolist() == [1, 0]
+    assert report.skipped == (on_nonfinite == "skip")
+    assert report.scales.tolist()[0] == (0.0 if on_nonfinite == "zero" else 1.0)
+
+
+def test_raises_before_anything_is_changed() -> None:
+    model = two_layers([3.0, 4.0], [math.nan, -math.inf])
+    with pytest.raises(NonFiniteGradientError, match=r"^gradients of layer 'b': got b.weight: 1 NaN, 1 -inf; allowed"):
+        normalize_grad_(model, Clip(1.0), on_nonfinite="raise")
+    assert gradients(model)[0] == [3.0, 4.0]
+
+
+def test_takes_policies_members_and_thresholds() -> None:
+    member = GradientNormalization.CLIP_L2_PER_LAYER
+    assert normalize_grad_(two_layers([3.0, 4.0], [1.0, 0.0]), member, threshold=2.5)["a"].norm_after == 2.5
+    policy = Policy(Clip(2.0), {"b": Clip(0.5)})
+    assert normalize_grad_(two_layers([3.0, 4.0], [1.0, 0.0]), policy).norms_after.tolist() == [2.0, 0.5]
+    assert normalize_grad_(two_layers([3.0, 4.0], [1.0, 0.0]), None, overrides={"b": member}).scales.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("policy", [Clip(1.0), Policy(Clip(1.0)), None])
+def test_refuses_a_threshold_beside_what_has_its_own(policy: object) -> None:
+    with pytest.raises(SettingError, match=r"^normalize_grad_\(threshold\): got 2.0 together with .*next: leave"):
+        normalize_grad_(two_layers([1.0], [1.0]), policy, threshold=2.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"backend": "fast"}, SettingError, "^backend: got 'fast'; allowed: 'auto', 'eager'"),
+        ({"on_nonfinite": "drop"}, SettingError, "^on_nonfinite: got 'drop'"),
+        ({"overrides": {"c": None}}, UnmatchedError, "^override 'c': got a key that matches none of 2 layers"),
+        ({"layers": ["c*"]}, UnmatchedError, r"^layers='c\*'"),
+    ],
+)
+def test_refuses_bad_settings_when_made(settings: dict[str, object], error: type[Exception], message: str) -> None:
+    model = two_layers([3.0, 4.0], [1.0, 0.0])
+    with pytest.raises(error, match=message):
+        normalize_grad_(model, Clip(1.0), **settings)  # type: ignore[arg-type]
+    assert gradients(model) == [[3.0, 4.0], [1.0, 0.0]]
+
+
+def test_refuses_a_model_without_parameters() -> None:
+    with pytest.raises(SettingError, match="^model: got no parameters"):
+        GradientNormalizer(nn.ReLU(), Clip(1.0))
+
+
+def test_a_kind_of_gradient_it_cannot_treat_is_refused_before_anything_is_changed() -> None:
+    model: Any = nn.ModuleDict({"out": nn.Linear(2, 1), "embed": nn.Embedding(3, 2, sparse=True)})
+    model["out"](model["embed"](torch.tensor([1]))).sum().backward()
+    before = model["out"].weight.grad.clone()
+    with pytest.raises(SettingError, match="^gradient of embed.weight: got torch.float32 in the layout torch.spar"):
+        normalize_grad_(model, Clip(1e-3))
+    assert torch.equal(model["out"].weight.grad, before)
+
+
+def test_a_layer_may_mix_dtypes() -> None:
+    model: Any = nn.Module()
+    model.narrow = nn.Parameter(torch.zeros(1, dtype=torch.float16))
+    model.wide = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    model.narrow.grad, model.wide.grad = torch.full((1,), 3.0, dtype=torch.float16), torch.full((1,), 4.0).double()
+    assert normalize_grad_(model, Clip(1.0))["(root)"].norm == 5.0
+    assert model.narrow.grad.item() == torch.tensor(0.6, dtype=torch.float16).item()
+    assert model.wide.grad.item() == pytest.approx(0.8, rel=1e-15)
+
+
+def test_touches_nothing_where_nothing_is_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    def copy(*_: object) -> Tensor:
+        raise AssertionError("a gradient was written")
+
+    model = two_layers([3.0, 4.0], [1.0, 0.0])
+    monkeypatch.setattr(Tensor, "copy_", copy)
+    normalize_grad_(model, Clip(5.0))
+    with pytest.raises(AssertionError, match="was written"):
+        normalize_grad_(model, Clip(1.0))
