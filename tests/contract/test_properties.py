@@ -1,0 +1,112 @@
+"""Any gradients at all: every strategy on every backend gives what the reference gives."""
+
+from typing import Any, get_args
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import torch
+from support.contract import Case, Tensors, assert_contract, bits
+from tamegrad import Clip, ClipValue, GradientNormalization, Keep, NonFiniteGradientError, Policy, Renormalize
+from tamegrad.strategies import OnNonfinite, Per
+from tamegrad.torch import GradientNormalizer
+from tamegrad.torch.kernels import BACKENDS
+from tamegrad.torch.normalizer import DTYPES
+from torch import Tensor
+
+# How hypothesis draws the values of a dtype: bfloat16 has float32's range and is rounded to afterwards.
+WIDTHS: dict[torch.dtype, Any] = {torch.float16: 16, torch.bfloat16: 32, torch.float32: 32, torch.float64: 64}
+THRESHOLDS = st.one_of(st.floats(1e-30, 1e30), st.floats(-30, 30).map(lambda power: 10.0**power))
+PERS = st.sampled_from(get_args(Per))
+STRATEGIES = st.one_of(
+    st.just(Keep()),
+    st.builds(Clip, THRESHOLDS, PERS),
+    st.builds(ClipValue, THRESHOLDS),
+    st.builds(Renormalize, PERS),
+    st.sampled_from(GradientNormalization),
+)
+SHAPES = st.lists(st.integers(0, 4), max_size=3).map(tuple)
+
+
+@st.composite
+def tensors(draw: st.DrawFn, *, nonfinite: bool) -> Tensor:
+    """Draws a gradient: any shape, any dtype, values of one magnitude or of all at once."""
+    dtype = draw(st.sampled_from(DTYPES))
+    shape = draw(SHAPES)
+    count = int(torch.Size(shape).numel())
+    any_value = st.floats(allow_nan=nonfinite, allow_infinity=nonfinite, width=WIDTHS[dtype])
+    power = draw(st.floats(-0.95, 0.95))
+    scale = torch.finfo(dtype).max ** power
+    alike = st.floats(-1, 1).map(lambda value: value * scale)
+    values = draw(st.lists(draw(st.sampled_from([any_value, alike])), min_size=count, max_size=count))
+    gradient = torch.tensor(values, dtype=torch.float64).reshape(shape).to(dtype)
+    # Rounding to bfloat16 may overflow, which only a draw that allows for infinities may show.
+    return gradient if nonfinite else torch.nan_to_num(gradient)
+
+
+@st.composite
+def models(draw: st.DrawFn, *, nonfinite: bool) -> Tensors:
+    """Draws one to three layers with one to three parameter types each."""
+    types = st.lists(st.sampled_from(["weight", "bias", "scale"]), min_size=1, max_size=3, unique=True)
+    layers = draw(st.lists(types, min_size=1, max_size=3))
+    return {f"layer{i}": {kind: draw(tensors(nonfinite=nonfinite)) for kind in kinds} for i, kinds in enumerate(layers)}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(gradients=models(nonfinite=False), strategy=STRATEGIES)
+def test_finite_gradients(backend: Any, gradients: Tensors, strategy: object) -> None:
+    assert_contract(Case.of(gradients), strategy, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(
+    gradients=models(nonfinite=True),
+    strategy=STRATEGIES,
+    on_nonfinite=st.sampled_from(("keep", "zero", "skip", "raise")),
+)
+def test_gradients_that_may_not_be_finite(
+    backend: Any, gradients: Tensors, strategy: object, on_nonfinite: OnNonfinite
+) -> None:
+    case = Case.of(gradients)
+    finite = all(gradient.isfinite().all() for types in gradients.values() for gradient in types.values())
+    if finite or on_nonfinite != "raise":
+        assert_contract(case, strategy, backend, on_nonfinite)
+        return
+    before = [bits(gradient).clone() for types in gradients.values() for gradient in types.values()]
+    normalizer = GradientNormalizer(case.model, strategy, on_nonfinite="raise", backend=backend)
+    with pytest.raises(NonFiniteGradientError):
+        normalizer.normalize_()
+    after = [bits(gradient) for types in gradients.values() for gradient in types.values()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(
+    gradients=models(nonfinite=False),
+    default=STRATEGIES,
+    overrides=st.dictionaries(st.sampled_from(["layer0", "layer*", "*/*", "layer0/*", "*"]), STRATEGIES, max_size=3),
+)
+def test_policies(backend: Any, gradients: Tensors, default: object, overrides: dict[str, Any]) -> None:
+    assert_contract(Case.of(gradients), Policy(default, overrides), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(gradients=models(nonfinite=False), per=PERS, fraction=st.floats(1e-3, 0.999))
+def test_clipping_lands_on_the_threshold_and_keeps_the_direction(
+    backend: Any, gradients: Tensors, per: Per, fraction: float
+) -> None:
+    wide: Tensors = {layer: {k: g.double() for k, g in types.items()} for layer, types in gradients.items()}
+    before = {layer: {k: g.clone() for k, g in types.items()} for layer, types in wide.items()}
+    measured = GradientNormalizer(Case.of(wide).model, Keep(), backend=backend).normalize_()
+    largest = measured.norms.max().item()
+    if not 1e-290 < largest < 1e300:
+        return
+    report = GradientNormalizer(Case.of(wide).model, Clip(largest * fraction, per=per), backend=backend).normalize_()
+    after = GradientNormalizer(Case.of(wide).model, Clip(1e308, per=per), backend=backend).normalize_()
+    torch.testing.assert_close(after.norms, report.norms_after, rtol=1e-12, atol=1e-300)
+    assert (after.norms <= largest * fraction * (1 + 1e-12)).all()
+    for layer, types in wide.items():
+        for kind, gradient in types.items():
+            assert ((gradient.sign() == before[layer][kind].sign()) | (gradient == 0)).all()
+            assert (gradient.abs() <= before[layer][kind].abs()).all()

@@ -1,0 +1,89 @@
+"""Holds a backend against the reference: one model, its gradients, and the same gradients as NumPy arrays."""
+
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+import torch
+from tamegrad import Report, normalize
+from tamegrad.strategies import OnNonfinite
+from tamegrad.torch import GradientNormalizer
+from torch import Tensor, nn
+
+Tensors: TypeAlias = dict[str, dict[str, Tensor]]
+
+# A value is computed in float64 and rounded once to the dtype: one spacing of it allows for a tie that falls the other
+# way. In float64 there are two or three roundings more on either side.
+SPACINGS = {torch.float64: 8, torch.float32: 1, torch.bfloat16: 1, torch.float16: 1}
+# Norms are sums of squares in float64, added in another order.
+NORM_TOLERANCE = 1e-13
+SMALLEST = 2 * np.finfo(np.float64).smallest_subnormal
+
+
+@dataclass
+class Case:
+    """A model with gradients, and the same gradients as NumPy float64 arrays."""
+
+    model: nn.Module
+    gradients: Tensors
+    arrays: dict[str, dict[str, NDArray[Any]]]
+
+    @classmethod
+    def of(cls, gradients: Tensors) -> "Case":
+        """Makes a model whose layers have these gradients."""
+        model = nn.Module()
+        arrays: dict[str, dict[str, NDArray[Any]]] = {}
+        for layer, types in gradients.items():
+            model.add_module(layer, nn.Module())
+            for kind, gradient in types.items():
+                parameter = nn.Parameter(torch.zeros_like(gradient))
+                parameter.grad = gradient
+                model.get_submodule(layer).register_parameter(kind, parameter)
+            arrays[layer] = {kind: gradient.double().numpy().copy() for kind, gradient in types.items()}
+        return cls(model, gradients, arrays)
+
+
+def assert_same_values(actual: Tensor, expected: NDArray[Any], where: str) -> None:
+    """Compares in units of the dtype's spacing at the expected value."""
+    rounded = torch.from_numpy(np.asarray(expected)).to(actual.dtype)
+    wide, finfo = rounded.double(), torch.finfo(actual.dtype)
+    spacing = torch.maximum(
+        wide.abs() * finfo.eps, torch.tensor(finfo.smallest_normal * finfo.eps, dtype=torch.float64)
+    )
+    far = (actual.double() - wide).abs() > SPACINGS[actual.dtype] * spacing
+    same = (actual == rounded) | (actual.isnan() & rounded.isnan())
+    assert not (far & ~same).any(), f"{where}: {actual[far].tolist()[:5]} instead of {rounded[far].tolist()[:5]}"
+
+
+def assert_same_report(actual: Report[Tensor], expected: Report[NDArray[Any]]) -> None:
+    assert actual.groups == expected.groups
+    assert actual.skipped == expected.skipped
+    for name in ("norms", "scales", "norms_after", "total_norm"):
+        vector = getattr(actual, name)
+        assert vector.dtype == torch.float64
+        np.testing.assert_allclose(
+            vector.numpy(), getattr(expected, name), rtol=NORM_TOLERANCE, atol=SMALLEST, err_msg=name
+        )
+    for name in ("clipped", "nonfinite"):
+        np.testing.assert_array_equal(getattr(actual, name).numpy(), getattr(expected, name), err_msg=name)
+
+
+def assert_contract(case: Case, strategy: object, backend: Any, on_nonfinite: OnNonfinite = "keep") -> None:
+    """Normalizes a case with a backend and holds it against the reference."""
+    expected, expected_report = normalize(case.arrays, strategy, on_nonfinite=on_nonfinite)
+    normalizer = GradientNormalizer(case.model, strategy, on_nonfinite=on_nonfinite, backend=backend)
+    before = {layer: {kind: g.clone() for kind, g in types.items()} for layer, types in case.gradients.items()}
+    report = normalizer.normalize_()
+    assert_same_report(report, expected_report)
+    for layer, types in case.gradients.items():
+        for kind, gradient in types.items():
+            assert gradient.dtype == before[layer][kind].dtype
+            assert_same_values(gradient, expected[layer][kind], f"{layer}.{kind}")
+            if np.array_equal(expected[layer][kind], case.arrays[layer][kind], equal_nan=True):
+                assert bits(gradient).equal(bits(before[layer][kind])), f"the bits of {layer}.{kind} changed"
+
+
+def bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
