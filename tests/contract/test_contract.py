@@ -108,3 +108,11 @@ def test_the_suite_would_notice_a_wrong_threshold() -> None:
         assert_same_report(Report(expected.groups, **wrong), expected)
     with pytest.raises(AssertionError, match="instead of"):
         assert_same_values(torch.tensor([1.0, 1.0]), np.array([1.0, 1.0 + 3e-7]), "here")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("edge", [2.0**-511, 2.0**486])
+@pytest.mark.parametrize("strategy", every_strategy(), ids=str)
+def test_values_on_both_sides_of_where_the_ranges_of_squares_meet(strategy: Strategy, edge: float, backend: Any) -> None:
+    values = torch.tensor([0.5, 0.999, 1.0, 1.001, 2.0], dtype=torch.float64) * edge
+    assert_contract(Case.of({"out": {"weight": values, "bias": values[:2].clone()}}), strategy, backend)
