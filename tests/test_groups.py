@@ -3,7 +3,7 @@ import re
 import pytest
 
 from tamegrad import Clip, ClipValue, Keep, Policy, Renormalize, SettingError, UnmatchedError
-from tamegrad.groups import Layer, Parameter, Plan, make_plan
+from tamegrad.groups import Layer, Parameter, Plan, check_overrides, make_plan
 from tamegrad.strategies import Per
 
 
@@ -108,14 +108,14 @@ def test_prints_every_layer_its_strategy_and_its_types() -> None:
 )
 def test_an_override_that_matches_nothing_names_the_closest(key: str | type, message: str) -> None:
     with pytest.raises(UnmatchedError, match=message):
-        make_plan(LAYERS, Policy(None, {key: Clip(1.0)}))
+        check_overrides(LAYERS, Policy(None, {key: Clip(1.0)}))
 
 
-def test_an_override_may_match_a_known_layer_that_is_not_planned() -> None:
+def test_a_plan_does_not_ask_that_every_override_applies() -> None:
     policy = Policy(None, {"encoder.0": Clip(1.0)})
-    assert make_plan(LAYERS[1:], policy, known=LAYERS).groups[0].strategy == Keep()
+    assert make_plan(LAYERS[1:], policy).groups[0].strategy == Keep()
     with pytest.raises(UnmatchedError, match=re.escape("override 'encoder.0'")):
-        make_plan(LAYERS[1:], policy)
+        check_overrides(LAYERS[1:], policy)
 
 
 @pytest.mark.parametrize("layers", [[], [Layer("empty", ())]])

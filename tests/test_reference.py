@@ -40,6 +40,19 @@ def test_the_definitions(strategy: object, expected: list[float]) -> None:
     np.testing.assert_allclose(one([3.0, -4.0], strategy), expected, rtol=1e-15)
 
 
+@pytest.mark.parametrize(
+    ("strategy", "expected"),
+    [(Clip(1.0), [0.6, -0.8j]), (Renormalize(), [0.6, -0.8j]), (ClipValue(3.5), [3.0, -3.5j]), (Keep(), [3.0, -4.0j])],
+)
+@pytest.mark.parametrize("magnitude", [1e-320, 1e-300, 1.0, 1e300])
+def test_a_complex_value_has_one_magnitude(strategy: Strategy, expected: list[complex], magnitude: float) -> None:
+    if magnitude != 1.0 and not isinstance(strategy, Renormalize):
+        return
+    after, report = normalize_arrays({"out": {"weight": np.array([3.0, -4.0j]) * magnitude}}, strategy)
+    np.testing.assert_allclose(after["out"]["weight"], expected, rtol=1e-3 if magnitude == 1e-320 else 1e-15)
+    assert report["out"].norm == pytest.approx(5 * magnitude)
+
+
 @pytest.mark.parametrize("strategy", [Keep(), Clip(1.0), Renormalize(), ClipValue(1.0)])
 def test_zero_stays_zero(strategy: Strategy) -> None:
     np.testing.assert_array_equal(one([0.0, -0.0], strategy), [0.0, -0.0])
@@ -107,10 +120,12 @@ def test_raises_with_the_layers_the_parameters_and_the_counts() -> None:
     assert caught.value.counts == {"bad.weight": (2, 1, 1)}
 
 
-@pytest.mark.parametrize("gradient", [[1.0], np.array([1]), np.array(["1"]), np.array([1j]), None], ids=repr)
+@pytest.mark.parametrize(
+    "gradient", [[1.0], np.array([1]), np.array(["1"]), np.array([1], "complex256"), None], ids=repr
+)
 def test_refuses_what_is_no_array_of_floats(gradient: Any) -> None:
     with pytest.raises(
-        SettingError, match=r"^normalize\(gradients\): out.weight: got an? .*float16, float32 or float64"
+        SettingError, match=r"^normalize\(gradients\): out.weight: got an? .*float16, float32, float64, comp"
     ):
         normalize_arrays({"out": {"weight": gradient}}, Clip(1.0))
 

@@ -3,7 +3,14 @@
 This package imports no framework; `tamegrad.torch` is for PyTorch.
 """
 
-from tamegrad.errors import MissingExtraError, NonFiniteGradientError, SettingError, TamegradError, UnmatchedError
+from tamegrad.errors import (
+    MissingExtraError,
+    NonFiniteGradientError,
+    SettingError,
+    TamegradError,
+    TamegradWarning,
+    UnmatchedError,
+)
 from tamegrad.policy import Policy
 from tamegrad.reference import normalize
 from tamegrad.report import GroupReport, Report
@@ -22,6 +29,7 @@ __all__ = [
     "Report",
     "SettingError",
     "TamegradError",
+    "TamegradWarning",
     "UnmatchedError",
     "normalize",
 ]

@@ -3,7 +3,14 @@
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 
-__all__ = ["MissingExtraError", "NonFiniteGradientError", "SettingError", "TamegradError", "UnmatchedError"]
+__all__ = [
+    "MissingExtraError",
+    "NonFiniteGradientError",
+    "SettingError",
+    "TamegradError",
+    "TamegradWarning",
+    "UnmatchedError",
+]
 
 
 class TamegradError(ValueError):
@@ -27,6 +34,10 @@ class TamegradError(ValueError):
         self.allowed = allowed
         self.advice = advice
         super().__init__(f"{where}: got {got}; allowed: {allowed}; next: {advice}")
+
+
+class TamegradWarning(UserWarning):
+    """Something is allowed, but more likely a mistake: a step without any gradient, a parameter that no layer owns."""
 
 
 class SettingError(TamegradError):

@@ -11,7 +11,7 @@ from tamegrad.errors import SettingError, UnmatchedError, closest, quoted
 from tamegrad.policy import Override, Policy
 from tamegrad.strategies import Strategy
 
-__all__ = ["Group", "Layer", "Parameter", "Plan", "make_plan"]
+__all__ = ["Group", "Layer", "Parameter", "Plan", "check_overrides", "make_plan"]
 
 _ADVICE = "print(normalizer.plan), made without overrides, shows every layer and its parameter types"
 
@@ -137,29 +137,23 @@ class Plan:
         return rows
 
 
-def make_plan(layers: Sequence[Layer], policy: Policy, known: Sequence[Layer] | None = None) -> Plan:
+def make_plan(layers: Sequence[Layer], policy: Policy) -> Plan:
     """Compiles a policy against the layers of a model.
 
     Args:
         layers: The layers to plan for, in the order of the model.
-        policy: Which layer gets which strategy.
-        known: All layers of the model, where `layers` are only some of them: an override that matches one of these is
-            no mistake.
+        policy: Which layer gets which strategy; `check_overrides` says whether all of it applies.
 
     Returns:
         The plan.
 
     Raises:
         SettingError: If there is no parameter to plan for.
-        UnmatchedError: If an override matches no layer, or no parameter type of the layers that it matches.
     """
     if not any(layer.parameters for layer in layers):
         raise SettingError(
             "model", got="no parameters", allowed="a model with at least one parameter", advice="check what was passed"
         )
-    for entry in policy.overrides:
-        _check_matches(entry, layers if known is None else known)
-
     groups: dict[tuple[object, ...], tuple[str, Strategy, list[int]]] = {}
     position = 0
     for layer in layers:
@@ -174,6 +168,20 @@ def make_plan(layers: Sequence[Layer], policy: Policy, known: Sequence[Layer] | 
         tuple(layers),
         tuple(Group(_unique(name, taken), strategy, tuple(members)) for name, strategy, members in groups.values()),
     )
+
+
+def check_overrides(layers: Sequence[Layer], policy: Policy) -> None:
+    """Refuses a policy with an override that applies nowhere, which is a misspelled name more often than not.
+
+    Args:
+        layers: All layers of the model.
+        policy: The policy.
+
+    Raises:
+        UnmatchedError: If an override matches no layer, or no parameter type of the layers that it matches.
+    """
+    for override in policy.overrides:
+        _check_matches(override, layers)
 
 
 def _group_of(

@@ -12,17 +12,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tamegrad.errors import NonFiniteGradientError, SettingError
-from tamegrad.groups import Layer, Parameter, make_plan
+from tamegrad.groups import Layer, Parameter, check_overrides, make_plan
 from tamegrad.policy import as_policy
 from tamegrad.report import GroupReport, Report
 from tamegrad.strategies import Clip, ClipValue, OnNonfinite, Renormalize, Strategy, check_on_nonfinite
 
 __all__ = ["normalize"]
 
-Array: TypeAlias = NDArray[np.floating[Any]]
-Group: TypeAlias = Sequence[NDArray[np.float64]]
+Array: TypeAlias = NDArray[np.inexact[Any]]
+# Float64 or complex128; a complex value counts as two real ones, and has one magnitude.
+Group: TypeAlias = Sequence[NDArray[Any]]
 
-_DTYPES = ("float16", "float32", "float64")
+_DTYPES = ("float16", "float32", "float64", "complex64", "complex128")
 _SMALLEST_NORMAL = float(np.finfo(np.float64).tiny)
 
 
@@ -32,8 +33,8 @@ def normalize(
     """Normalizes gradients that are NumPy arrays; returns new arrays and leaves the given ones alone.
 
     Args:
-        gradients: From a layer's name to its parameter types to their gradients: float16, float32 or float64, of any
-            shape.
+        gradients: From a layer's name to its parameter types to their gradients: float16, float32, float64, complex64
+            or complex128, of any shape.
         policy: A `Policy`, a strategy, or a member of `GradientNormalization` (threshold 1.0).
         on_nonfinite: What happens to a group with NaN or infinity: `"keep"` leaves it as it is, `"zero"` makes it zero,
             and the other groups are normalized as ever; `"skip"` leaves all groups as they are, `"raise"` raises.
@@ -42,7 +43,7 @@ def normalize(
         The gradients afterwards, in the dtypes they had, and the report of the step.
 
     Raises:
-        SettingError: If a setting is unknown, a gradient is no floating-point array, or there are no gradients.
+        SettingError: If a setting is unknown, a gradient is no array of these dtypes, or there are no gradients.
         UnmatchedError: If an override matches no layer.
         NonFiniteGradientError: If a gradient is not finite under `on_nonfinite="raise"`.
 
@@ -59,7 +60,9 @@ def normalize(
     layers = [
         Layer(name, tuple(Parameter(f"{name}.{kind}", kind) for kind in types)) for name, types in gradients.items()
     ]
-    plan = make_plan(layers, as_policy(policy, None, "normalize(policy)"))
+    checked = as_policy(policy, None, "normalize(policy)")
+    plan = make_plan(layers, checked)
+    check_overrides(layers, checked)
     given = [array for types in gradients.values() for array in types.values()]
     wide = [_widened(parameter.name, array) for parameter, array in zip(plan.parameters, given, strict=True)]
     counts = {parameter.name: _count_nonfinite(array) for parameter, array in zip(plan.parameters, wide, strict=True)}
@@ -102,7 +105,7 @@ def norm_of(group: Group) -> Norm:
     """Measures all values of some arrays as one vector.
 
     Args:
-        group: Float64 arrays of any shapes.
+        group: Float64 or complex128 arrays of any shapes.
 
     Returns:
         The norm: 0 of nothing, NaN or infinite if a value is.
@@ -111,6 +114,7 @@ def norm_of(group: Group) -> Norm:
         >>> norm_of([np.array([0.0]), np.array([[-4e200]])]).value
         4e+200
     """
+    group = [_as_real(array) for array in group]
     largest = float(np.max([np.abs(array).max(initial=0.0) for array in group], initial=0.0))
     if largest == 0 or not math.isfinite(largest):
         return Norm(largest, 0)
@@ -128,7 +132,7 @@ def _apply(strategy: Strategy, group: Group) -> tuple[Group, bool]:
         case Renormalize() if norm.value not in (0, 1):
             return _rescaled(group, norm, 1.0), norm.value > 1
         case ClipValue(threshold) if any((np.abs(array) > threshold).any() for array in group):
-            return [np.clip(array, -threshold, threshold) for array in group], True
+            return [_limited(array, threshold) for array in group], True
         case _:
             return group, False
 
@@ -138,7 +142,19 @@ def _rescaled(group: Group, norm: Norm, target: float) -> Group:
     scale = _ldexp(target / norm.mantissa, -norm.exponent)
     if _SMALLEST_NORMAL <= scale < math.inf:
         return [array * scale for array in group]
-    return [np.ldexp(array, -norm.exponent) / norm.mantissa * target for array in group]
+    scaled = [np.ldexp(_as_real(array), -norm.exponent) / norm.mantissa * target for array in group]
+    return [part.view(array.dtype).reshape(array.shape) for part, array in zip(scaled, group, strict=True)]
+
+
+def _limited(array: NDArray[Any], threshold: float) -> NDArray[Any]:
+    """Cuts magnitudes to the threshold: `sign(g)·min(t, |g|)`, where the sign of a complex value is its direction."""
+    magnitudes = np.abs(array)
+    over = magnitudes > threshold
+    return np.where(over, array / np.where(over, magnitudes, 1.0) * threshold, array)
+
+
+def _as_real(array: NDArray[Any]) -> NDArray[np.float64]:
+    return np.atleast_1d(np.ascontiguousarray(array)).view(np.float64)
 
 
 def _row(name: str, before: Group, after: Group, *, clipped: bool, nonfinite: int) -> GroupReport:
@@ -157,20 +173,21 @@ def _ldexp(mantissa: float, exponent: int) -> float:
         return float(np.ldexp(mantissa, exponent))
 
 
-def _widened(name: str, array: object) -> NDArray[np.float64]:
+def _widened(name: str, array: object) -> NDArray[Any]:
     if not isinstance(array, np.ndarray) or array.dtype not in _DTYPES:
         raise SettingError(
             f"normalize(gradients): {name}",
             got=f"an array of {array.dtype}" if isinstance(array, np.ndarray) else f"a {type(array).__name__}",
-            allowed="a NumPy array of float16, float32 or float64",
+            allowed=f"a NumPy array of {', '.join(_DTYPES)}",
             advice="convert it with numpy.asarray(gradient, dtype=numpy.float32)",
         )
-    return array.astype(np.float64)
+    return array.astype(np.complex128 if np.iscomplexobj(array) else np.float64)
 
 
 def _count_nonfinite(array: Array) -> tuple[int, int, int]:
-    """Returns how many values are NaN, plus and minus infinity."""
-    kinds = np.isnan(array), np.isposinf(array), np.isneginf(array)
+    """Returns how many values are NaN, plus and minus infinity; the parts of a complex value count on their own."""
+    real = _as_real(array)
+    kinds = np.isnan(real), np.isposinf(real), np.isneginf(real)
     return tuple(int(np.count_nonzero(kind)) for kind in kinds)  # type: ignore[return-value]  # three kinds, three counts
 
 

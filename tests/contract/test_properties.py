@@ -1,5 +1,9 @@
-"""Any gradients at all: every strategy on every backend gives what the reference gives."""
+"""Any gradients at all: every strategy on every backend gives what the reference gives.
 
+Shapes, dtypes, magnitudes, layouts in memory, sparse and complex gradients, and NaN and infinities at any place.
+"""
+
+from collections.abc import Callable
 from typing import Any, get_args
 
 import pytest
@@ -7,16 +11,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import torch
-from support.contract import Case, Tensors, assert_contract, bits
+from support.contract import Case, Tensors, as_real, assert_contract, bits, widened
 from tamegrad import Clip, ClipValue, GradientNormalization, Keep, NonFiniteGradientError, Policy, Renormalize
 from tamegrad.strategies import OnNonfinite, Per
 from tamegrad.torch import GradientNormalizer
+from tamegrad.torch.gradients import DTYPES
 from tamegrad.torch.kernels import BACKENDS
-from tamegrad.torch.normalizer import DTYPES
 from torch import Tensor
 
 # How hypothesis draws the values of a dtype: bfloat16 has float32's range and is rounded to afterwards.
-WIDTHS: dict[torch.dtype, Any] = {torch.float16: 16, torch.bfloat16: 32, torch.float32: 32, torch.float64: 64}
+WIDTHS: dict[torch.dtype, Any] = {
+    torch.float16: 16,
+    torch.bfloat16: 32,
+    torch.float32: 32,
+    torch.float64: 64,
+    torch.complex64: 32,
+    torch.complex128: 64,
+}
 THRESHOLDS = st.one_of(st.floats(1e-30, 1e30), st.floats(-30, 30).map(lambda power: 10.0**power))
 PERS = st.sampled_from(get_args(Per))
 STRATEGIES = st.one_of(
@@ -29,20 +40,42 @@ STRATEGIES = st.one_of(
 SHAPES = st.lists(st.integers(0, 4), max_size=3).map(tuple)
 
 
+def transposed(gradient: Tensor) -> Tensor:
+    """Lays a gradient out with its first dimension last in memory, as channels_last does."""
+    return gradient.movedim(0, -1).contiguous().movedim(-1, 0) if gradient.ndim > 1 else gradient
+
+
+def spaced(gradient: Tensor) -> Tensor:
+    """Lays a gradient out as every second value of a larger tensor."""
+    return torch.stack([gradient, gradient], -1)[..., 0]
+
+
+def expanded(gradient: Tensor) -> Tensor:
+    """Repeats the first row over all rows, in the same place of memory."""
+    return gradient[:1].expand_as(gradient) if gradient.ndim else gradient
+
+
+LAYOUTS: list[Callable[[Tensor], Tensor]] = [Tensor.clone, transposed, spaced, expanded]
+
+
 @st.composite
 def tensors(draw: st.DrawFn, *, nonfinite: bool) -> Tensor:
     """Draws a gradient: any shape, any dtype, values of one magnitude or of all at once."""
     dtype = draw(st.sampled_from(DTYPES))
     shape = draw(SHAPES)
-    count = int(torch.Size(shape).numel())
+    count = int(torch.Size(shape).numel()) * (2 if dtype.is_complex else 1)
     any_value = st.floats(allow_nan=nonfinite, allow_infinity=nonfinite, width=WIDTHS[dtype])
     power = draw(st.floats(-0.95, 0.95))
     scale = torch.finfo(dtype).max ** power
     alike = st.floats(-1, 1).map(lambda value: value * scale)
     values = draw(st.lists(draw(st.sampled_from([any_value, alike])), min_size=count, max_size=count))
-    gradient = torch.tensor(values, dtype=torch.float64).reshape(shape).to(dtype)
+    real = torch.tensor(values, dtype=torch.float64)
+    wide = torch.view_as_complex(real.reshape(*shape, 2)) if dtype.is_complex else real.reshape(shape)
+    gradient = wide.to(dtype)
     # Rounding to bfloat16 may overflow, which only a draw that allows for infinities may show.
-    return gradient if nonfinite else torch.nan_to_num(gradient)
+    gradient = gradient if nonfinite or dtype.is_complex else torch.nan_to_num(gradient)
+    laid_out: Tensor = draw(st.sampled_from(LAYOUTS))(gradient)
+    return laid_out
 
 
 @st.composite
@@ -96,7 +129,9 @@ def test_policies(backend: Any, gradients: Tensors, default: object, overrides: 
 def test_clipping_lands_on_the_threshold_and_keeps_the_direction(
     backend: Any, gradients: Tensors, per: Per, fraction: float
 ) -> None:
-    wide: Tensors = {layer: {k: g.double() for k, g in types.items()} for layer, types in gradients.items()}
+    wide: Tensors = {
+        layer: {k: widened(g).contiguous() for k, g in types.items()} for layer, types in gradients.items()
+    }
     before = {layer: {k: g.clone() for k, g in types.items()} for layer, types in wide.items()}
     measured = GradientNormalizer(Case.of(wide).model, Keep(), backend=backend).normalize_()
     largest = measured.norms.max().item()
@@ -108,5 +143,6 @@ def test_clipping_lands_on_the_threshold_and_keeps_the_direction(
     assert (after.norms <= largest * fraction * (1 + 1e-12)).all()
     for layer, types in wide.items():
         for kind, gradient in types.items():
-            assert ((gradient.sign() == before[layer][kind].sign()) | (gradient == 0)).all()
-            assert (gradient.abs() <= before[layer][kind].abs()).all()
+            after_values, before_values = as_real(gradient), as_real(before[layer][kind])
+            assert ((after_values.sign() == before_values.sign()) | (after_values == 0)).all()
+            assert (after_values.abs() <= before_values.abs()).all()

@@ -16,7 +16,7 @@ Tensors: TypeAlias = dict[str, dict[str, Tensor]]
 
 # A value is computed in float64 and rounded once to the dtype: one spacing of it allows for a tie that falls the other
 # way. In float64 there are two or three roundings more on either side.
-SPACINGS = {torch.float64: 8, torch.float32: 1, torch.bfloat16: 1, torch.float16: 1}
+SPACINGS = {torch.float64: 8, torch.complex128: 8}
 # Norms are sums of squares in float64, added in another order.
 NORM_TOLERANCE = 1e-13
 SMALLEST = 2 * np.finfo(np.float64).smallest_subnormal
@@ -24,10 +24,9 @@ SMALLEST = 2 * np.finfo(np.float64).smallest_subnormal
 
 @dataclass
 class Case:
-    """A model with gradients, and the same gradients as NumPy float64 arrays."""
+    """A model with gradients, and the same gradients as wide NumPy arrays, taken before."""
 
     model: nn.Module
-    gradients: Tensors
     arrays: dict[str, dict[str, NDArray[Any]]]
 
     @classmethod
@@ -41,18 +40,25 @@ class Case:
                 parameter = nn.Parameter(torch.zeros_like(gradient))
                 parameter.grad = gradient
                 model.get_submodule(layer).register_parameter(kind, parameter)
-            arrays[layer] = {kind: gradient.double().numpy().copy() for kind, gradient in types.items()}
-        return cls(model, gradients, arrays)
+            arrays[layer] = {kind: widened(gradient).numpy().copy() for kind, gradient in types.items()}
+        return cls(model, arrays)
+
+    @property
+    def gradients(self) -> Tensors:
+        """The gradients that the parameters have now."""
+        return {
+            layer: {kind: parameter.grad for kind, parameter in module.named_parameters() if parameter.grad is not None}
+            for layer, module in self.model.named_children()
+        }
 
 
 def assert_same_values(actual: Tensor, expected: NDArray[Any], where: str) -> None:
     """Compares in units of the dtype's spacing at the expected value."""
-    rounded = torch.from_numpy(np.asarray(expected)).to(actual.dtype)
+    allowed = SPACINGS.get(actual.dtype, 1)
+    actual, rounded = as_real(actual), as_real(torch.from_numpy(np.asarray(expected)).to(actual.dtype))
     wide, finfo = rounded.double(), torch.finfo(actual.dtype)
-    spacing = torch.maximum(
-        wide.abs() * finfo.eps, torch.tensor(finfo.smallest_normal * finfo.eps, dtype=torch.float64)
-    )
-    far = (actual.double() - wide).abs() > SPACINGS[actual.dtype] * spacing
+    spacing = (wide.abs() * finfo.eps).clamp(min=finfo.smallest_normal * finfo.eps)
+    far = (actual.double() - wide).abs() > allowed * spacing
     same = (actual == rounded) | (actual.isnan() & rounded.isnan())
     assert not (far & ~same).any(), f"{where}: {actual[far].tolist()[:5]} instead of {rounded[far].tolist()[:5]}"
 
@@ -85,5 +91,14 @@ def assert_contract(case: Case, strategy: object, backend: Any, on_nonfinite: On
                 assert bits(gradient).equal(bits(before[layer][kind])), f"the bits of {layer}.{kind} changed"
 
 
+def as_real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def widened(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
+
+
 def bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+    tensor = as_real(tensor).contiguous()
+    return tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])

@@ -1,22 +1,26 @@
 """Normalizes right before an optimizer's step, whoever calls it."""
 
+import sys
+import warnings
 from collections.abc import Sequence
+from types import FrameType
 from typing import Any
+from weakref import WeakSet
 
 import torch
-from tamegrad.errors import SettingError
+from tamegrad.errors import NonFiniteGradientError, SettingError, TamegradWarning
 from tamegrad.policy import Overrides
 from tamegrad.strategies import OnNonfinite
 from tamegrad.torch.kernels import BackendName
-from tamegrad.torch.layers import find_layers
-from tamegrad.torch.normalizer import GradientNormalizer
+from tamegrad.torch.layers import ModelLayers
+from tamegrad.torch.normalizer import GradientNormalizer, Model
 from torch import Tensor, nn
 
 __all__ = ["AttachedNormalizer", "attach"]
 
 
 def attach(
-    model: nn.Module,
+    model: Model,
     optimizer: torch.optim.Optimizer,
     policy: object,
     *,
@@ -28,10 +32,12 @@ def attach(
     """Normalizes gradients from now on before every step of an optimizer.
 
     With `optimizer.step(closure)` the gradients of each evaluation of the closure are normalized. Only parameters that
-    the optimizer holds are, so that two optimizers of one model can have two policies.
+    the optimizer holds are, so that two optimizers of one model can have two policies. Under `torch.amp.GradScaler` the
+    gradients are treated as what they are without the loss scale, whether or not `unscale_` was called. A copy of the
+    optimizer, made by `copy.deepcopy` or by unpickling, is not attached.
 
     Args:
-        model: The model.
+        model: The model, or pairs of a name and a parameter.
         optimizer: Any optimizer of `torch.optim`, or a subclass of `torch.optim.Optimizer`.
         policy: A `Policy`, a strategy, or a member of `GradientNormalization` (threshold 1.0).
         overrides: As in `GradientNormalizer`.
@@ -44,8 +50,13 @@ def attach(
         The normalizer; its `report` is of the last step, its `detach()` ends the matter.
 
     Raises:
-        SettingError: If a setting is unknown, the optimizer holds no parameter of the model, or `"skip"` meets `LBFGS`.
+        SettingError: If a setting is unknown, the optimizer holds no parameter of the model or has a normalizer
+            already, or `"skip"` meets `LBFGS`.
         UnmatchedError: If an override or a pattern of `layers` matches nothing; the message names the closest.
+
+    Warns:
+        TamegradWarning: Once each, if the optimizer holds parameters that no layer of the model owns, and in a step in
+            which no parameter has a gradient.
 
     Example:
         >>> import torch
@@ -59,7 +70,7 @@ def attach(
         True
         >>> normalizer.detach()
     """
-    _check(model, optimizer, on_nonfinite)
+    _check(optimizer, on_nonfinite)
     return AttachedNormalizer(
         model,
         optimizer,
@@ -76,7 +87,7 @@ class AttachedNormalizer(GradientNormalizer):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Model,
         optimizer: torch.optim.Optimizer,
         policy: object,
         *,
@@ -85,66 +96,130 @@ class AttachedNormalizer(GradientNormalizer):
         on_nonfinite: OnNonfinite,
         backend: BackendName,
     ) -> None:
-        super().__init__(
-            model,
-            policy,
-            overrides=overrides,
-            layers=layers,
-            parameters=_held_by(optimizer),
-            on_nonfinite=on_nonfinite,
-            backend=backend,
-        )
+        self._optimizer = optimizer
+        self._held = _held_by(optimizer)
+        self._unowned = 0
         self._hidden: list[tuple[nn.Parameter, Tensor]] = []
+        self._step: FrameType | None = None
+        super().__init__(model, policy, overrides=overrides, layers=layers, on_nonfinite=on_nonfinite, backend=backend)
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
+        _attached.add(optimizer)
 
     def detach(self) -> None:
         """Takes the normalizer off the optimizer; its report stays. Detaching twice is no error."""
         for hook in self._hooks:
             hook.remove()
+        self._hooks.clear()
+        _attached.discard(self._optimizer)
+
+    def _choose(self, whole: ModelLayers) -> ModelLayers:
+        self._held = _held_by(self._optimizer)
+        chosen = whole.restricted_to(self._held)
+        if whole.parameters and not chosen.parameters:
+            raise SettingError(
+                "attach(model, optimizer)",
+                got="an optimizer that holds no parameter of this model",
+                allowed="an optimizer of some of the model's parameters",
+                advice="make the optimizer from model.parameters(), after the model was moved or wrapped",
+            )
+        unowned = len({id(parameter) for parameter in self._held}) - len(chosen.parameters)
+        if unowned > self._unowned:
+            warnings.warn(
+                f"{unowned} of the optimizer's {len(self._held)} parameters belong to no layer of the model; their "
+                "gradients are left as they are (this is said once)",
+                TamegradWarning,
+                stacklevel=2,
+            )
+        self._unowned = unowned
+        return chosen
+
+    def _plan_is_old(self) -> bool:
+        held = _held_by(self._optimizer)
+        same = len(held) == len(self._held) and all(a is b for a, b in zip(held, self._held, strict=True))
+        return not same or super()._plan_is_old()
 
     def _before_step(
-        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, _: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        # A flag would stay set when a step raises; the stack tells a step inside a step from the step after.
+        caller = sys._getframe(1)  # noqa: SLF001
+        if self._step is not None and _is_inside(caller, self._step):
+            # A subclass called super().step(): its gradients are normalized already.
+            return None
+        self._step = caller
+        # What a step hid and then raised is not shown again: by now it may be the gradient of another batch.
+        self._hidden.clear()
         # args[0] is the optimizer. With a closure the gradients do not exist yet.
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
-            self._normalize_for(optimizer)
+            self._normalize_for_step()
             return None
 
         def normalized() -> object:
             loss = closure()
-            self._normalize_for(optimizer)
+            self._normalize_for_step()
             return loss
 
         if "closure" in kwargs:
             return args, {**kwargs, "closure": normalized}
         return (args[0], normalized, *args[2:]), kwargs
 
-    def _normalize_for(self, optimizer: torch.optim.Optimizer) -> None:
-        if self.normalize_().skipped:
-            # A hook cannot cancel a step, but no optimizer touches a parameter without a gradient.
-            for parameter in _held_by(optimizer):
-                if parameter.grad is not None:
-                    self._hidden.append((parameter, parameter.grad))
-                    parameter.grad = None
-
     def _after_step(self, *_: object) -> None:
+        if self._step is sys._getframe(1):  # noqa: SLF001  only the outermost step ends the matter
+            self._step = None
+            self._show()
+
+    def _normalize_for_step(self) -> None:
+        # torch.amp.GradScaler leaves it to a fused optimizer to divide by the loss scale and to skip on infinity.
+        loss_scale = getattr(self._optimizer, "grad_scale", None)
+        found_inf = getattr(self._optimizer, "found_inf", None)
+        scaler_skips = found_inf is not None and self._on_nonfinite in {"skip", "raise"} and bool(found_inf)
+        try:
+            report = self._normalize(loss_scale, scaler_skips=scaler_skips)
+        except NonFiniteGradientError:
+            # The scaler takes its attributes back after the step, which now it does not reach.
+            for name in ("grad_scale", "found_inf"):
+                if hasattr(self._optimizer, name):
+                    delattr(self._optimizer, name)
+            raise
+        if report.skipped:
+            self._hide()
+
+    def _hide(self) -> None:
+        """Hides the gradients: a hook cannot cancel a step, but no optimizer touches a parameter without a gradient."""
+        for parameter in self._held:
+            if parameter.grad is not None:
+                self._hidden.append((parameter, parameter.grad))
+                parameter.grad = None
+
+    def _show(self) -> None:
         for parameter, gradient in self._hidden:
             parameter.grad = gradient
         self._hidden.clear()
 
 
-def _check(model: nn.Module, optimizer: torch.optim.Optimizer, on_nonfinite: OnNonfinite) -> None:
-    """Refuses what cannot be attached."""
+# Optimizers that have a normalizer: a second one would normalize the same gradients again.
+_attached: WeakSet[torch.optim.Optimizer] = WeakSet()
+
+
+def _check(optimizer: torch.optim.Optimizer, on_nonfinite: OnNonfinite) -> None:
+    """Refuses what cannot be attached to."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise SettingError(
             "attach(optimizer)",
             got=f"a {type(optimizer).__name__}",
             allowed="a torch.optim.Optimizer",
             advice="pass the optimizer itself, or call GradientNormalizer.normalize_ before its step",
+        )
+    if optimizer in _attached:
+        raise SettingError(
+            "attach(optimizer)",
+            got=f"a {type(optimizer).__name__} that has a normalizer already",
+            allowed="one normalizer an optimizer",
+            advice="detach() the first one, or put both strategies into one policy: overrides={...}",
         )
     if on_nonfinite == "skip" and isinstance(optimizer, torch.optim.LBFGS):
         raise SettingError(
@@ -153,15 +228,15 @@ def _check(model: nn.Module, optimizer: torch.optim.Optimizer, on_nonfinite: OnN
             allowed='"keep", "zero" or "raise" with LBFGS',
             advice='pass on_nonfinite="zero" or "raise"',
         )
-    found = find_layers(model)
-    if found.parameters and not found.restricted_to(_held_by(optimizer)).parameters:
-        raise SettingError(
-            "attach(model, optimizer)",
-            got="an optimizer that holds no parameter of this model",
-            allowed="an optimizer of some of the model's parameters",
-            advice="make the optimizer from model.parameters(), after the model was moved or wrapped",
-        )
 
 
 def _held_by(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _is_inside(frame: FrameType, outer: FrameType) -> bool:
+    """Says whether a call is still under way below another."""
+    above: FrameType | None = frame
+    while above is not None and above is not outer:
+        above = above.f_back
+    return above is outer

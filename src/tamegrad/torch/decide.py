@@ -57,13 +57,18 @@ class Thresholds:
         """Returns them on a device."""
         return Thresholds(self.norms.to(device), self.values.to(device), self.renormalizes.to(device))
 
+    def times(self, factor: Tensor) -> "Thresholds":
+        """Returns the thresholds for gradients that are multiplied by a factor, as a loss scale does."""
+        factor = factor.to(self.norms)
+        return Thresholds(self.norms * factor, self.values * factor, self.renormalizes)
+
 
 @dataclass(frozen=True, slots=True)
 class Decision:
     """What becomes of every group, as `(G,)` vectors on the device of the table; the first six are a report's.
 
-    A gradient `g` of the group becomes `min(max(g·first·second, -limit), limit)`, or 0 where `zeroed`. There are two
-    factors because the scale of a float64 group may be outside of what one float64 can hold; one is 1 elsewhere.
+    A gradient `g` of the group becomes `g·first·second`, then at most `limit` in magnitude, or 0 where `zeroed`. There
+    are two factors because one float64 cannot hold the scale of every float64 group; elsewhere the first is 1.
     """
 
     norms: Tensor

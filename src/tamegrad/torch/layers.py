@@ -5,7 +5,6 @@ recurrent layers, attention, parameter lists, parametrizations, wrappers, and mo
 """
 
 import fnmatch
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,26 +12,15 @@ from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from tamegrad.errors import SettingError, UnmatchedError, closest, quoted
+from tamegrad.errors import UnmatchedError, closest, quoted
 from tamegrad.groups import Layer, Parameter
+from tamegrad.torch.names import CELL_TYPES, ROOT, WRAPPED_NAMES, joined, stacked
 from torch import nn
 
 __all__ = ["ModelLayers", "find_layers"]
 
-ROOT = "(root)"
-
-# Wrappers that hold the module under a name that nobody else uses. DDP and DataParallel are told by their class.
-_WRAPPED_NAMES = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+# These wrappers call their module "module", as anybody might: they are told by their class.
 _PARALLEL = (nn.parallel.DistributedDataParallel, nn.parallel.DataParallel)
-
-_RECURRENT_TYPES = {
-    "weight_ih": "weight",
-    "weight_hh": "recurrent_weight",
-    "weight_hr": "projection_weight",
-    "bias_ih": "bias",
-    "bias_hh": "bias",
-}
-_STACKED = re.compile(rf"(?P<role>{'|'.join(_RECURRENT_TYPES)})_l(?P<index>\d+)(?P<reverse>_reverse)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +30,12 @@ class ModelLayers:
     Args:
         layers: The layers, in the order of the model.
         owned: For each layer its parameters, in the order of `Layer.parameters`; no parameter stands twice.
+        paths: The paths of all modules, which patterns for merged layers are matched with.
     """
 
     layers: tuple[Layer, ...]
     owned: tuple[tuple[nn.Parameter, ...], ...]
+    paths: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -68,7 +58,7 @@ class ModelLayers:
             if pairs:
                 layers.append(replace(layer, parameters=tuple(parameter for parameter, _ in pairs)))
                 owned.append(tuple(tensor for _, tensor in pairs))
-        return ModelLayers(tuple(layers), tuple(owned))
+        return ModelLayers(tuple(layers), tuple(owned), self.paths)
 
 
 def find_layers(model: nn.Module, merged: Sequence[str] = ()) -> ModelLayers:
@@ -81,24 +71,40 @@ def find_layers(model: nn.Module, merged: Sequence[str] = ()) -> ModelLayers:
     Returns:
         The layers in the order of the model. A tied parameter belongs to its first owner.
 
-    Raises:
-        SettingError: If `model` is no module.
-        UnmatchedError: If a pattern of `merged` matches no module with parameters.
-
     Example:
         >>> from torch import nn
         >>> model = nn.Sequential(nn.LSTM(3, 5), nn.Linear(5, 2))
         >>> [(layer.name, layer.types) for layer in find_layers(model).layers]
         [('0.l0', ('weight', 'recurrent_weight', 'bias')), ('1', ('weight', 'bias'))]
     """
-    if not isinstance(model, nn.Module):
-        raise SettingError(
-            "model", got=f"a {type(model).__name__}", allowed="a torch.nn.Module", advice="pass the model itself"
-        )
     reader = _Reader(merged)
     reader.read(model, "", None)
-    reader.check_patterns()
     return reader.result()
+
+
+def matches_any(path: str, patterns: Sequence[str]) -> bool:
+    """Says whether a path matches one of some globs, in which `*` crosses dots."""
+    return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
+
+
+def check_patterns(patterns: Sequence[str], paths: Sequence[str]) -> None:
+    """Refuses a pattern for merged layers that matches no path.
+
+    Args:
+        patterns: The globs.
+        paths: The paths of all modules.
+
+    Raises:
+        UnmatchedError: If one matches none of them.
+    """
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(path, pattern) for path in paths):
+            raise UnmatchedError(
+                f"layers={pattern!r}",
+                got=f"a pattern that matches none of {len(paths)} modules",
+                allowed=f"the path of a module or a glob; closest: {quoted(closest(pattern, paths))}",
+                advice="model.named_modules() lists the paths",
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,57 +137,37 @@ class _Reader:
         self._seen.add(id(module))
         self._paths.append(path)
         scope = outer or _Scope(path, type(module))
-        takes_all = (
-            outer is not None
-            or isinstance(module, nn.MultiheadAttention)
-            or any(fnmatch.fnmatchcase(path, pattern) for pattern in self._merged)
-        )
+        takes_all = outer is not None or isinstance(module, nn.MultiheadAttention) or matches_any(path, self._merged)
         for name, full_name, parameter in _direct_parameters(module):
             if id(parameter) not in self._seen:
                 self._seen.add(id(parameter))
-                self._add(scope, name, _joined(path, full_name), parameter, stacked=not takes_all)
+                self._add(scope, name, joined(path, full_name), parameter, recurrent=not takes_all)
         for name, child in module.named_children():
             if name == "parametrizations" and parametrize.is_parametrized(module):
                 continue
             belongs = takes_all or isinstance(child, nn.ParameterList | nn.ParameterDict)
-            self.read(child, _joined(path, name), scope.below(name) if belongs else None)
+            self.read(child, joined(path, name), scope.below(name) if belongs else None)
 
-    def _add(self, scope: _Scope, name: str, full_name: str, parameter: nn.Parameter, *, stacked: bool) -> None:
+    def _add(self, scope: _Scope, name: str, full_name: str, parameter: nn.Parameter, *, recurrent: bool) -> None:
         layer, kind, owner = scope.path, scope.prefix + name, None
-        if stacked and issubclass(scope.module_class, nn.RNNBase) and (parts := _STACKED.fullmatch(name)):
-            kind = ("reverse_" if parts["reverse"] else "") + _RECURRENT_TYPES[parts["role"]]
-            layer, owner = _joined(layer, f"l{parts['index']}"), layer or ROOT
-        elif stacked and issubclass(scope.module_class, nn.RNNCellBase):
-            kind = _RECURRENT_TYPES.get(name, name)
+        if recurrent and issubclass(scope.module_class, nn.RNNBase) and (parts := stacked(name)):
+            layer, kind, owner = joined(layer, parts.layer), parts.type, layer or ROOT
+        elif recurrent and issubclass(scope.module_class, nn.RNNCellBase):
+            kind = CELL_TYPES.get(name, name)
         layer = layer or ROOT
         known = self._layers.setdefault(layer, Layer(layer, (), owner, scope.module_class))
         self._layers[layer] = replace(known, parameters=(*known.parameters, Parameter(full_name, kind)))
         self._owned.setdefault(layer, []).append(parameter)
 
-    def check_patterns(self) -> None:
-        """Refuses a pattern for merged layers that matched no module."""
-        for pattern in self._merged:
-            if not any(fnmatch.fnmatchcase(path, pattern) for path in self._paths):
-                raise UnmatchedError(
-                    f"layers={pattern!r}",
-                    got=f"a pattern that matches none of {len(self._paths)} modules",
-                    allowed=f"the path of a module or a glob; closest: {quoted(closest(pattern, self._paths))}",
-                    advice="model.named_modules() lists the paths",
-                )
-
     def result(self) -> ModelLayers:
         """Returns what was read."""
-        return ModelLayers(tuple(self._layers.values()), tuple(map(tuple, self._owned.values())))
-
-
-def _joined(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
+        return ModelLayers(tuple(self._layers.values()), tuple(map(tuple, self._owned.values())), tuple(self._paths))
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
     """Returns the module that a wrapper holds, so that the wrapper does not show in names."""
     while True:
-        names = [name for name in _WRAPPED_NAMES if isinstance(getattr(module, name, None), nn.Module)]
+        names = [name for name in WRAPPED_NAMES if isinstance(getattr(module, name, None), nn.Module)]
         if names:
             module = getattr(module, names[0])
         elif isinstance(module, _PARALLEL):

@@ -1,28 +1,35 @@
 """The four steps for a PyTorch model: measure, reduce, decide, apply."""
 
+import warnings
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import TypeAlias
 
 import torch
-from tamegrad.errors import NonFiniteGradientError, SettingError
-from tamegrad.groups import Plan, make_plan
+from tamegrad.errors import NonFiniteGradientError, SettingError, TamegradWarning
+from tamegrad.groups import Plan, check_overrides, make_plan
 from tamegrad.policy import Overrides, as_policy
 from tamegrad.report import Report
 from tamegrad.strategies import GradientNormalization, OnNonfinite, check_on_nonfinite
 from tamegrad.torch.decide import Decision, Thresholds, decide
+from tamegrad.torch.gradients import Gradients, collect
 from tamegrad.torch.kernels import BACKENDS, BackendName, choose
-from tamegrad.torch.layers import find_layers
+from tamegrad.torch.layers import ModelLayers, check_patterns, find_layers
+from tamegrad.torch.pairs import read_pairs
+from tamegrad.torch.watch import ModuleWatch
 from torch import Tensor, nn
 
-__all__ = ["GradientNormalizer", "normalize_grad_"]
+__all__ = ["GradientNormalizer", "Model", "normalize_grad_"]
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+Model: TypeAlias = nn.Module | Iterable[tuple[str, nn.Parameter]]
 
 
 class GradientNormalizer:
     """Normalizes the gradients of a model in place, whenever `normalize_` is called.
 
     Args:
-        model: The model; its layers are the modules that own parameters.
+        model: The model; its layers are the modules that own parameters. Or pairs of a name and a parameter, as
+            `model.named_parameters()` gives them; then the layers are read off the names.
         policy: A `Policy`, a strategy, or a member of `GradientNormalization` (threshold 1.0).
         overrides: Strategies for some layers, as in `Policy`; only beside a strategy.
         layers: Globs on module paths: each module that matches is one layer with all below it.
@@ -36,10 +43,12 @@ class GradientNormalizer:
         plan: Every layer, its parameter types, its strategy.
         backend: The backend that is used.
         report: What the last step did; None before the first.
+        skipped_steps: How many steps were skipped so far because of non-finite gradients.
 
     Raises:
         SettingError: If a setting is unknown or there is no parameter to normalize.
-        UnmatchedError: If an override or a pattern of `layers` matches nothing; the message names the closest.
+        UnmatchedError: If an override or a pattern of `layers` matches nothing; the message names the closest. When the
+            model changes later, the plan follows and does not complain again.
 
     Example:
         >>> import torch
@@ -55,7 +64,7 @@ class GradientNormalizer:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Model,
         policy: object,
         *,
         overrides: Overrides | None = None,
@@ -65,68 +74,126 @@ class GradientNormalizer:
         backend: BackendName = "auto",
     ) -> None:
         check_on_nonfinite(on_nonfinite)
-        whole = find_layers(model, layers or ())
-        chosen = whole if parameters is None else whole.restricted_to(parameters)
-        self.plan: Plan = make_plan(chosen.layers, as_policy(policy, overrides, "policy"), known=whole.layers)
         self.backend: str = choose(backend)
         self.report: Report[Tensor] | None = None
-        self._parameters = chosen.parameters
-        self._thresholds = Thresholds.of(self.plan)
+        self.skipped_steps = 0
         self._on_nonfinite = on_nonfinite
+        self._policy = as_policy(policy, overrides, "policy")
+        self._merged = tuple(layers or ())
+        self._only = None if parameters is None else list(parameters)
+        self._said_no_gradient = False
+        self._nonfinite_before: Counter[str] = Counter()
 
-    @torch.no_grad()
+        self._model = model if isinstance(model, nn.Module) else None
+        whole = find_layers(model, self._merged) if isinstance(model, nn.Module) else read_pairs(model, self._merged)
+        check_patterns(self._merged, whole.paths)
+        check_overrides(whole.layers, self._policy)
+        self._make_plan(whole)
+
     def normalize_(self) -> Report[Tensor]:
         """Normalizes the gradients that the parameters have now, in place.
 
-        A parameter without a gradient counts as nothing; a group without any has norm 0.
+        A parameter without a gradient counts as nothing; a group without any has norm 0. If the model has changed since
+        the last step, the plan is made anew.
 
         Returns:
             What was done; also kept as `report`.
 
         Raises:
-            SettingError: If a gradient is of a kind that cannot be normalized.
+            SettingError: If a gradient is of a kind that cannot be normalized. No gradient was changed.
             NonFiniteGradientError: If a gradient is not finite under `on_nonfinite="raise"`. No gradient was changed.
+
+        Warns:
+            TamegradWarning: Once, if no parameter has a gradient.
         """
-        gradients = self._gradients()
+        return self._normalize()
+
+    @property
+    def nonfinite_steps(self) -> dict[str, int]:
+        """In how many steps so far each group held NaN or infinity; groups that never did are left out.
+
+        Reads the device.
+        """
+        return dict(self._nonfinite_before + self._nonfinite_since())
+
+    @torch.no_grad()
+    def _normalize(self, loss_scale: Tensor | None = None, *, scaler_skips: bool = False) -> Report[Tensor]:
+        """The four steps; gradients that are multiplied by a loss scale are treated as if they were not."""
+        if self._plan_is_old():
+            self._nonfinite_before += self._nonfinite_since()
+            self._make_plan(find_layers(self._model, self._merged) if self._model is not None else self._whole)
+        gradients = collect(self._parameters, (parameter.name for parameter in self.plan.parameters))
+        self._warn_without_gradients(gradients)
         kernels = BACKENDS[self.backend]
-        table = kernels.measure(gradients, self.plan)
-        self._thresholds = self._thresholds.to(table.device)
-        decision = decide(table, self._thresholds, self._on_nonfinite)
+        table = kernels.measure(gradients.values, self.plan)
+        self._move_to(table.device)
+        thresholds = self._thresholds if loss_scale is None else self._thresholds.times(loss_scale)
+        decision = decide(table, thresholds, self._on_nonfinite)
+        self._nonfinite_counts += decision.nonfinite > 0
         # Reading the device is what "keep" and "zero" spare.
         stopped = self._on_nonfinite in {"skip", "raise"} and bool(decision.nonfinite.any())
-        if stopped and self._on_nonfinite == "raise":
+        if stopped and self._on_nonfinite == "raise" and not scaler_skips:
             raise self._nonfinite_error(gradients)
-        if not stopped:
-            kernels.apply_(gradients, self.plan, decision)
-        self.report = _report(self.plan, decision, skipped=stopped)
+        if stopped:
+            self.skipped_steps += 1
+        else:
+            kernels.apply_(gradients.values, self.plan, decision)
+            self._write_back(gradients, decision)
+        self.report = _report(self.plan, decision, loss_scale, skipped=stopped)
         return self.report
 
-    def _gradients(self) -> list[Tensor | None]:
-        """Collects the gradients in the order of the plan, one that two parameters share only once."""
-        seen: set[int] = set()
-        gradients: list[Tensor | None] = []
-        for parameter, entry in zip(self._parameters, self.plan.parameters, strict=True):
-            gradient = parameter.grad
-            if gradient is not None and id(gradient) in seen:
-                gradient = None
-            if gradient is not None:
-                _check_kind(entry.name, gradient)
-                seen.add(id(gradient))
-            gradients.append(gradient)
-        return gradients
+    def _make_plan(self, whole: ModelLayers) -> None:
+        chosen = self._choose(whole)
+        self.plan: Plan = make_plan(chosen.layers, self._policy)
+        self._whole = whole
+        self._parameters = chosen.parameters
+        self._thresholds: Thresholds = Thresholds.of(self.plan)
+        self._nonfinite_counts: Tensor = torch.zeros(len(self.plan.groups), dtype=torch.int64)
+        self._watch = ModuleWatch(self._model) if self._model is not None else None
 
-    def _nonfinite_error(self, gradients: Sequence[Tensor | None]) -> NonFiniteGradientError:
+    def _move_to(self, device: torch.device) -> None:
+        self._thresholds = self._thresholds.to(device)
+        self._nonfinite_counts = self._nonfinite_counts.to(device)
+
+    def _choose(self, whole: ModelLayers) -> ModelLayers:
+        """Returns what of the model is normalized."""
+        return whole if self._only is None else whole.restricted_to(self._only)
+
+    def _plan_is_old(self) -> bool:
+        return self._watch is not None and self._watch.changed()
+
+    def _nonfinite_since(self) -> Counter[str]:
+        """Returns in how many steps each group was not finite since the plan was made."""
+        counts = zip(self.plan.groups, self._nonfinite_counts.tolist(), strict=True)
+        return Counter({group.name: count for group, count in counts if count})
+
+    def _warn_without_gradients(self, gradients: Gradients) -> None:
+        if not self._said_no_gradient and all(values is None for values in gradients.values):
+            self._said_no_gradient = True
+            warnings.warn(
+                f"nothing to normalize: none of {len(self._parameters)} parameters has a gradient in this step; "
+                "call loss.backward() before, on the model that was given (this is said once)",
+                TamegradWarning,
+                stacklevel=2,
+            )
+
+    def _write_back(self, gradients: Gradients, decision: Decision) -> None:
+        if gradients.copies:
+            changed = decision.changed.tolist()
+            gradients.write_back([changed[group] for group in self.plan.group_of])
+
+    def _nonfinite_error(self, gradients: Gradients) -> NonFiniteGradientError:
         counts = {}
-        for entry, gradient in zip(self.plan.parameters, gradients, strict=True):
-            if gradient is not None and not gradient.isfinite().all():
-                kinds = gradient.isnan(), gradient.isposinf(), gradient.isneginf()
-                nan, plus, minus = (int(kind.sum()) for kind in kinds)
+        for entry, values in zip(self.plan.parameters, gradients.values, strict=True):
+            if values is not None and not values.isfinite().all():
+                real = torch.view_as_real(values) if values.is_complex() else values
+                nan, plus, minus = (int(kind.sum()) for kind in (real.isnan(), real.isposinf(), real.isneginf()))
                 counts[entry.name] = nan, plus, minus
         return NonFiniteGradientError(counts, self.plan.layers_of(counts))
 
 
 def normalize_grad_(
-    model: nn.Module,
+    model: Model,
     policy: object,
     *,
     threshold: float | None = None,
@@ -138,7 +205,7 @@ def normalize_grad_(
     """Normalizes the gradients of a model once, now, in place.
 
     Args:
-        model: The model.
+        model: The model, or pairs of a name and a parameter.
         policy: A `Policy`, a strategy, or a member of `GradientNormalization`.
         threshold: The threshold for a member of `GradientNormalization` (1.0 if not given); strategies have their own.
         overrides: As in `GradientNormalizer`.
@@ -178,24 +245,18 @@ def normalize_grad_(
     return normalizer.normalize_()
 
 
-def _check_kind(name: str, gradient: Tensor) -> None:
-    if gradient.layout != torch.strided or gradient.dtype not in DTYPES:
-        raise SettingError(
-            f"gradient of {name}",
-            got=f"{gradient.dtype} in the layout {gradient.layout}",
-            allowed="dense gradients of float16, bfloat16, float32 or float64",
-            advice="normalize the other parameters only: parameters=[...], or an optimizer of their own",
-        )
-
-
-def _report(plan: Plan, decision: Decision, *, skipped: bool) -> Report[Tensor]:
+def _report(plan: Plan, decision: Decision, loss_scale: Tensor | None, *, skipped: bool) -> Report[Tensor]:
+    norms, norms_after, total_norm = decision.norms, decision.norms_after, decision.total_norm
+    if loss_scale is not None:
+        factor = loss_scale.to(norms)
+        norms, norms_after, total_norm = norms / factor, norms_after / factor, total_norm / factor
     return Report(
         groups=tuple(group.name for group in plan.groups),
-        norms=decision.norms,
+        norms=norms,
         scales=torch.ones_like(decision.scales) if skipped else decision.scales,
-        norms_after=decision.norms if skipped else decision.norms_after,
+        norms_after=norms if skipped else norms_after,
         clipped=torch.zeros_like(decision.clipped) if skipped else decision.clipped,
         nonfinite=decision.nonfinite,
-        total_norm=decision.total_norm,
+        total_norm=total_norm,
         skipped=skipped,
     )

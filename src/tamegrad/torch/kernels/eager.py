@@ -60,23 +60,39 @@ def apply_(gradients: Sequence[Tensor | None], plan: Plan, decision: Decision) -
             continue
         vectors = (decision.first, decision.second, decision.limits, decision.zeroed)
         first, second, limit, zeroed = (vector[group].to(gradient.device) for vector in vectors)
-        wide = (gradient.to(torch.float64) * first * second).clamp(-limit, limit)
-        gradient.copy_(wide.masked_fill_(zeroed, 0.0))
+        gradient.copy_(_limited(_widened(gradient) * first * second, limit).masked_fill_(zeroed, 0.0))
 
 
 def _row(gradient: Tensor, strategy: object) -> Tensor:
     """Measures one tensor."""
     row = torch.zeros(COLUMNS, dtype=torch.float64, device=gradient.device)
-    row[BEFORE] = _squares(gradient)
+    row[BEFORE] = _squares(_as_real(gradient))
     # Sums are finite exactly if all values are; on the CPU it costs nothing to look, elsewhere counting is cheaper.
     if gradient.device.type != "cpu" or not row.isfinite().all():
-        kinds = torch.isnan(gradient), torch.isposinf(gradient), torch.isneginf(gradient)
+        real = _as_real(gradient)
+        kinds = torch.isnan(real), torch.isposinf(real), torch.isneginf(real)
         row[NONFINITE] = torch.stack([kind.sum() for kind in kinds]).to(torch.float64)
     if isinstance(strategy, ClipValue):
-        wide = gradient.to(torch.float64)
-        row[AFTER] = _squares(wide.clamp(-strategy.threshold, strategy.threshold))
+        wide = _widened(gradient)
+        row[AFTER] = _squares(_as_real(_limited(wide, torch.tensor(strategy.threshold, dtype=torch.float64))))
         row[CUT] = (wide.abs() > strategy.threshold).sum()
     return row
+
+
+def _as_real(values: Tensor) -> Tensor:
+    return torch.view_as_real(values) if values.is_complex() else values
+
+
+def _widened(values: Tensor) -> Tensor:
+    return values.to(torch.complex128 if values.is_complex() else torch.float64)
+
+
+def _limited(wide: Tensor, limit: Tensor) -> Tensor:
+    """Cuts magnitudes to a limit; a complex value keeps its direction."""
+    if not wide.is_complex():
+        return wide.clamp(-limit, limit)
+    magnitudes = wide.abs()
+    return torch.where(magnitudes > limit, wide / magnitudes * limit, wide)
 
 
 def _squares(values: Tensor) -> Tensor:

@@ -1,0 +1,40 @@
+"""Notices that a model has changed since its plan was made: a layer added, replaced or taken away."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+__all__ = ["ModuleWatch"]
+
+
+class ModuleWatch:
+    """Remembers which modules and parameters a model has, and says whether it still has them.
+
+    It compares identities, table by table, which takes a fraction of walking the model again.
+
+    Args:
+        model: The model.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        >>> watch = ModuleWatch(model)
+        >>> model[1] = nn.Linear(2, 1)
+        >>> watch.changed()
+        True
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._tables: list[tuple[Mapping[str, Any], int]] = []
+        self._entries: list[tuple[Mapping[str, Any], str, object]] = []
+        for module in model.modules():
+            for table in (module._parameters, module._modules):  # noqa: SLF001  the tables themselves, not copies
+                self._tables.append((table, len(table)))
+                self._entries += [(table, name, entry) for name, entry in table.items()]
+
+    def changed(self) -> bool:
+        """Says whether a module or a parameter was added, replaced or taken away."""
+        return any(len(table) != size for table, size in self._tables) or any(
+            table.get(name) is not entry for table, name, entry in self._entries
+        )
