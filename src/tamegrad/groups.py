@@ -180,8 +180,14 @@ def check_overrides(layers: Sequence[Layer], policy: Policy) -> None:
     Raises:
         UnmatchedError: If an override matches no layer, or no parameter type of the layers that it matches.
     """
+    by_name: dict[str, list[Layer]] = {}
+    for layer in layers:
+        for name in layer.names:
+            by_name.setdefault(name, []).append(layer)
     for override in policy.overrides:
-        _check_matches(override, layers)
+        candidates = layers if override.exact_layer is None else by_name.get(override.exact_layer, [])
+        matched = [layer for layer in candidates if override.matches_layer(layer.names, layer.module_class)]
+        _check_matches(override, matched, layers)
 
 
 def _group_of(
@@ -208,8 +214,7 @@ def _unique(name: str, taken: dict[str, int]) -> str:
     return name if taken[name] == 1 else f"{name} ({taken[name]})"
 
 
-def _check_matches(override: Override, layers: Sequence[Layer]) -> None:
-    matched = [layer for layer in layers if override.matches_layer(layer.names, layer.module_class)]
+def _check_matches(override: Override, matched: Sequence[Layer], layers: Sequence[Layer]) -> None:
     if override.type_pattern is None and matched:
         return
     if not matched:

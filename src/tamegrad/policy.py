@@ -16,7 +16,9 @@ __all__ = ["Overrides", "Policy"]
 Overrides: TypeAlias = Mapping[Any, object]
 
 # The slash between layer and type is the first one outside of brackets, so that "[/]" is a slash of a layer's name.
-_KEY = re.compile(r"(?P<layer>(?:\[[^]]+\]|[^/\[]|\[)+)(?:/(?P<type>.+))?")
+_KEY = re.compile(r"(?P<layer>(?:\[[^]]+\]|[^/\[]|\[)+)(?:/(?P<type>.+))?", re.DOTALL)
+_ESCAPED = re.compile(r"\[([*?\[/])\]")
+_WILDCARD = re.compile(r"[*?\[]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +28,17 @@ class Override:
     Args:
         key: A glob on layer names, two globs with a slash between (layer and parameter type), or a module class.
         strategy: The strategy for whatever the key matches.
+
+    Attributes:
+        type_pattern: The glob on parameter types, if the key has one.
+        exact_layer: The one layer name that the key matches, if it is no glob and no class.
     """
 
     key: str | type
     strategy: Strategy
     type_pattern: str | None = field(init=False, repr=False, compare=False)
-    _layer_matcher: re.Pattern[str] | None = field(init=False, repr=False, compare=False)
+    exact_layer: str | None = field(init=False, repr=False, compare=False)
+    _layer_glob: re.Pattern[str] | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         parts = _KEY.fullmatch(self.key) if isinstance(self.key, str) else None
@@ -42,8 +49,12 @@ class Override:
                 allowed='a layer name or glob ("rnn.*"), layer and type ("*/bias"), or a module class (nn.LayerNorm)',
                 advice="print(normalizer.plan) shows the names of a model",
             )
+        layer = parts["layer"] if parts else None
+        exact = None if layer is None or _WILDCARD.search(_ESCAPED.sub("", layer)) else _ESCAPED.sub(r"\1", layer)
+        glob = re.compile(fnmatch.translate(layer)) if layer is not None and exact is None else None
         object.__setattr__(self, "type_pattern", parts["type"] if parts else None)
-        object.__setattr__(self, "_layer_matcher", re.compile(fnmatch.translate(parts["layer"])) if parts else None)
+        object.__setattr__(self, "exact_layer", exact)
+        object.__setattr__(self, "_layer_glob", glob)
 
     @property
     def name(self) -> str:
@@ -60,8 +71,10 @@ class Override:
         Returns:
             Whether it does.
         """
-        if self._layer_matcher is not None:
-            return any(self._layer_matcher.match(name) for name in names)
+        if self.exact_layer is not None:
+            return self.exact_layer in names
+        if self._layer_glob is not None:
+            return any(self._layer_glob.match(name) for name in names)
         assert isinstance(self.key, type)
         return module_class is not None and issubclass(module_class, self.key)
 
@@ -107,6 +120,10 @@ class Policy:
 
     default: Strategy
     overrides: tuple[Override, ...]
+    # Positions of the overrides for one name each, by that name, and of all others: policies of 10,000 names are read
+    # off Deeplearning4j's models, and each name is asked for.
+    _exact: dict[str, list[int]] = field(repr=False, compare=False)
+    _others: list[int] = field(repr=False, compare=False)
 
     def __init__(self, default: object = None, overrides: Overrides | None = None) -> None:
         made = tuple(
@@ -114,6 +131,12 @@ class Policy:
         )
         object.__setattr__(self, "default", as_strategy(default, "Policy(default)"))
         object.__setattr__(self, "overrides", made)
+        exact: dict[str, list[int]] = {}
+        for position, override in enumerate(made):
+            if override.exact_layer is not None:
+                exact.setdefault(override.exact_layer, []).append(position)
+        object.__setattr__(self, "_exact", exact)
+        object.__setattr__(self, "_others", [i for i, override in enumerate(made) if override.exact_layer is None])
 
     def __repr__(self) -> str:
         overrides = ", ".join(f"{override.key!r}: {override.strategy!r}" for override in self.overrides)
@@ -165,7 +188,9 @@ class Policy:
         Returns:
             The first override that matches, or None.
         """
-        return next((o for o in self.overrides if o.matches(names, param_type, module_class)), None)
+        positions = sorted([*self._others, *(position for name in names for position in self._exact.get(name, ()))])
+        candidates = (self.overrides[position] for position in positions)
+        return next((override for override in candidates if override.matches(names, param_type, module_class)), None)
 
 
 def as_policy(value: object, overrides: Overrides | None, where: str) -> Policy:
