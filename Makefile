@@ -3,13 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: run test lint types clean
+.PHONY: run test test-long lint types clean
 
 run: .venv/run  ## the main job: one network under every strategy
 	$(BIN)/tamegrad compare
 
 test: .venv/test
 	$(BIN)/python -m pytest
+
+test-long: .venv/test  ## the property tests with 20,000 examples
+	$(BIN)/python -m pytest tests/contract/test_properties.py --hypothesis-profile=long --hypothesis-show-statistics
 
 lint: .venv/test
 	$(BIN)/ruff check .

@@ -140,9 +140,11 @@ def _apply(strategy: Strategy, group: Group) -> tuple[Group, bool]:
 def _rescaled(group: Group, norm: Norm, target: float) -> Group:
     """Returns `target·G/‖G‖`, by one factor where a float64 can hold it."""
     scale = _ldexp(target / norm.mantissa, -norm.exponent)
+    real = [_as_real(array) for array in group]
     if _SMALLEST_NORMAL <= scale < math.inf:
-        return [array * scale for array in group]
-    scaled = [np.ldexp(_as_real(array), -norm.exponent) / norm.mantissa * target for array in group]
+        scaled = [array * scale for array in real]
+    else:
+        scaled = [np.ldexp(array, -norm.exponent) / norm.mantissa * target for array in real]
     return [part.view(array.dtype).reshape(array.shape) for part, array in zip(scaled, group, strict=True)]
 
 

@@ -193,3 +193,11 @@ def test_overlap_is_found_in_any_strides(data: st.DataObject) -> None:
     assert found or not overlaps
     if not overlaps and torch.zeros(shape).stride() == tuple(strides):
         assert not found
+
+
+@pytest.mark.parametrize("strategy", [ClipValue(1.0), Clip(1.0), Renormalize()], ids=str)
+def test_a_complex_zero_keeps_its_sign(strategy: Any) -> None:
+    model = model_with(torch.tensor([complex(0.0, -0.0), complex(-0.0, 0.0), 3.0 + 4.0j]))
+    normalize_grad_(model, strategy)
+    signs = torch.view_as_real(model.p0.grad).signbit().tolist()
+    assert signs == [[False, True], [True, False], [False, False]]

@@ -60,38 +60,41 @@ def apply_(gradients: Sequence[Tensor | None], plan: Plan, decision: Decision) -
             continue
         vectors = (decision.first, decision.second, decision.limits, decision.zeroed)
         first, second, limit, zeroed = (vector[group].to(gradient.device) for vector in vectors)
-        gradient.copy_(_limited(_widened(gradient) * first * second, limit).masked_fill_(zeroed, 0.0))
+        # Real views: a product of complex numbers would lose the sign of zeros.
+        wide = _limited(_as_real(gradient).to(torch.float64) * first * second, limit, pairs=gradient.is_complex())
+        _as_real(gradient).copy_(wide.masked_fill_(zeroed, 0.0))
 
 
 def _row(gradient: Tensor, strategy: object) -> Tensor:
     """Measures one tensor."""
+    real = _as_real(gradient)
     row = torch.zeros(COLUMNS, dtype=torch.float64, device=gradient.device)
-    row[BEFORE] = _squares(_as_real(gradient))
+    row[BEFORE] = _squares(real)
     # Sums are finite exactly if all values are; on the CPU it costs nothing to look, elsewhere counting is cheaper.
     if gradient.device.type != "cpu" or not row.isfinite().all():
-        real = _as_real(gradient)
         kinds = torch.isnan(real), torch.isposinf(real), torch.isneginf(real)
         row[NONFINITE] = torch.stack([kind.sum() for kind in kinds]).to(torch.float64)
     if isinstance(strategy, ClipValue):
-        wide = _widened(gradient)
-        row[AFTER] = _squares(_as_real(_limited(wide, torch.tensor(strategy.threshold, dtype=torch.float64))))
-        row[CUT] = (wide.abs() > strategy.threshold).sum()
+        wide, limit = real.to(torch.float64), torch.tensor(strategy.threshold, dtype=torch.float64)
+        row[AFTER] = _squares(_limited(wide, limit, pairs=gradient.is_complex()))
+        row[CUT] = (_magnitudes(wide, pairs=gradient.is_complex()) > limit).sum()
     return row
 
 
 def _as_real(values: Tensor) -> Tensor:
+    """Shows complex values as pairs of real ones in the same memory, along a new last dimension."""
     return torch.view_as_real(values) if values.is_complex() else values
 
 
-def _widened(values: Tensor) -> Tensor:
-    return values.to(torch.complex128 if values.is_complex() else torch.float64)
+def _magnitudes(wide: Tensor, *, pairs: bool) -> Tensor:
+    return torch.hypot(wide[..., :1], wide[..., 1:]) if pairs else wide.abs()
 
 
-def _limited(wide: Tensor, limit: Tensor) -> Tensor:
-    """Cuts magnitudes to a limit; a complex value keeps its direction."""
-    if not wide.is_complex():
+def _limited(wide: Tensor, limit: Tensor, *, pairs: bool) -> Tensor:
+    """Cuts magnitudes to a limit; a complex value, which is a pair, keeps its direction."""
+    if not pairs:
         return wide.clamp(-limit, limit)
-    magnitudes = wide.abs()
+    magnitudes = _magnitudes(wide, pairs=True)
     return torch.where(magnitudes > limit, wide / magnitudes * limit, wide)
 
 
