@@ -18,7 +18,7 @@ OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]]
     "Sgd(learningRate=0.3, learningRateSchedule=null)": lambda parameters: torch.optim.SGD(parameters, lr=0.3),
     "Nesterovs(learningRate=0.1, learningRateSchedule=null, momentum=0.9, momentumISchedule=null, "
     "momentumSchedule=null)": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, nesterov=True),
-    # Deeplearning4j adds epsilon under the root; at 1e-30 that makes no difference.
+    # An epsilon of 1e-30 makes no difference, wherever it is added.
     "RmsProp(learningRate=0.01, learningRateSchedule=null, rmsDecay=0.95, epsilon=1.0E-30)": lambda parameters: (
         torch.optim.RMSprop(parameters, lr=0.01, alpha=0.95, eps=1e-30)
     ),

@@ -1,11 +1,13 @@
 """Ways of stepping: scalers, fused optimizers, accumulation, subclasses, closures, schedulers, copies."""
 
 import copy
+import datetime as dt
 import io
 import math
 import pickle
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -358,3 +360,32 @@ class TestNeverInSilence:
         optimizer.step()
         assert normalizer.report is not None
         assert normalizer.report.norms_after.tolist() == [0.5, 0.25]
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process alone."""
+    timeout = dt.timedelta(seconds=60)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1, timeout=timeout
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("buckets", [False, True])
+def test_a_data_parallel_model_has_the_names_and_the_steps_of_the_model(*, buckets: bool) -> None:
+    model, plain = a_model(), a_model()
+    parallel = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=buckets)
+    optimizer, other = (torch.optim.SGD(m.parameters(), lr=0.1) for m in (parallel, plain))
+    normalizer = attach(parallel, optimizer, Clip(0.5), overrides={"2": Renormalize()})
+    attach(plain, other, Clip(0.5), overrides={"2": Renormalize()})
+    for step in range(3):
+        for m, o in ((parallel, optimizer), (plain, other)):
+            o.zero_grad()
+            loss_of(m, seed=step).backward()
+            o.step()
+    assert normalizer.report is not None
+    assert normalizer.report.groups == ("0", "2")
+    assert_same(model, plain, rtol=1e-6)
