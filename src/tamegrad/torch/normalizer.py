@@ -124,8 +124,7 @@ class GradientNormalizer:
             self._make_plan(find_layers(self._model, self._merged) if self._model is not None else self._whole)
         gradients = collect(self._parameters, (parameter.name for parameter in self.plan.parameters))
         self._warn_without_gradients(gradients)
-        kernels = BACKENDS[self.backend]
-        table = kernels.measure(gradients.values, self.plan)
+        table = self._kernels.measure(gradients.values)
         self._move_to(table.device)
         thresholds = self._thresholds if loss_scale is None else self._thresholds.times(loss_scale)
         decision = decide(table, thresholds, self._on_nonfinite)
@@ -137,7 +136,7 @@ class GradientNormalizer:
         if stopped:
             self.skipped_steps += 1
         else:
-            kernels.apply_(gradients.values, self.plan, decision)
+            self._kernels.apply_(gradients.values, decision)
             self._write_back(gradients, decision)
         self.report = _report(self.plan, decision, loss_scale, skipped=stopped)
         return self.report
@@ -147,6 +146,7 @@ class GradientNormalizer:
         self.plan: Plan = make_plan(chosen.layers, self._policy)
         self._whole = whole
         self._parameters = chosen.parameters
+        self._kernels = BACKENDS[self.backend](self.plan)
         self._thresholds: Thresholds = Thresholds.of(self.plan)
         self._nonfinite_counts: Tensor = torch.zeros(len(self.plan.groups), dtype=torch.int64)
         self._watch = ModuleWatch(self._model) if self._model is not None else None

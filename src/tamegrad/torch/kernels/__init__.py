@@ -1,11 +1,7 @@
-"""The backends: what touches the big arrays. One file each, with the same two functions.
+"""The backends: what touches the big arrays. One file each, with a class `Kernels` of the same two methods."""
 
-`measure(gradients, plan)` returns the table of sums that `decide` reads; `apply_(gradients, plan, decision)` changes
-the gradients in place. `gradients` has one entry a parameter of the plan, in its order, and None where there is none.
-"""
-
-from collections.abc import Sequence
-from typing import Literal, Protocol, TypeAlias, cast
+from collections.abc import Callable, Sequence
+from typing import Literal, Protocol, TypeAlias
 
 from tamegrad.errors import SettingError, quoted
 from tamegrad.groups import Plan
@@ -19,16 +15,19 @@ BackendName: TypeAlias = Literal["auto", "eager"]
 
 
 class Backend(Protocol):
-    """The functions that every file of this folder has."""
+    """What is made once for a plan and measures and changes gradients in every step.
 
-    def measure(self, gradients: Sequence[Tensor | None], plan: Plan) -> Tensor:
-        """Returns the `(G, COLUMNS)` float64 table of sums, on the device of the first gradient."""
+    `gradients` has one entry a parameter of the plan, in its order, and None where there is none.
+    """
 
-    def apply_(self, gradients: Sequence[Tensor | None], plan: Plan, decision: Decision) -> None:
-        """Changes the gradients in place as was decided."""
+    def measure(self, gradients: Sequence[Tensor | None]) -> Tensor:
+        """Returns the `(G, COLUMNS)` float64 table of sums that `decide` reads, on the device of the first gradient."""
+
+    def apply_(self, gradients: Sequence[Tensor | None], decision: Decision) -> None:
+        """Changes the gradients that were measured, in place, as was decided."""
 
 
-BACKENDS: dict[str, Backend] = {"eager": cast("Backend", eager)}
+BACKENDS: dict[str, Callable[[Plan], Backend]] = {"eager": eager.Kernels}
 
 
 def choose(name: str) -> str:

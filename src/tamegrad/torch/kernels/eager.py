@@ -19,50 +19,63 @@ from tamegrad.torch.decide import (
 )
 from torch import Tensor
 
-__all__ = ["apply_", "measure"]
+__all__ = ["Kernels"]
 
 
-def measure(gradients: Sequence[Tensor | None], plan: Plan) -> Tensor:
-    """Measures all groups.
-
-    Args:
-        gradients: One a parameter of the plan, of any shape; None where there is none.
-        plan: The plan.
-
-    Returns:
-        `(G, COLUMNS)` float64 on the device of the first gradient, or on the CPU if there is none.
-    """
-    present = [
-        (gradient, group) for gradient, group in zip(gradients, plan.group_of, strict=True) if gradient is not None
-    ]
-    home = present[0][0].device if present else torch.device("cpu")
-    table = torch.zeros(len(plan.groups), COLUMNS, dtype=torch.float64, device=home)
-    if present:
-        rows = torch.stack([_row(gradient, plan.groups[group].strategy).to(home) for gradient, group in present])
-        table.index_add_(0, torch.tensor([group for _, group in present], device=home), rows)
-    return table
-
-
-def apply_(gradients: Sequence[Tensor | None], plan: Plan, decision: Decision) -> None:
-    """Applies a decision in place.
-
-    On the CPU a group that keeps its values is not touched. Elsewhere everything is multiplied, with factors of 1 too,
-    because to look at the decision would make the host wait for the device.
+class Kernels:
+    """Measures and changes the gradients of one plan.
 
     Args:
-        gradients: As they were measured.
         plan: The plan.
-        decision: What to do with each group.
     """
-    changed = decision.changed.tolist() if decision.changed.device.type == "cpu" else [True] * len(plan.groups)
-    for gradient, group in zip(gradients, plan.group_of, strict=True):
-        if gradient is None or not changed[group]:
-            continue
-        vectors = (decision.first, decision.second, decision.limits, decision.zeroed)
-        first, second, limit, zeroed = (vector[group].to(gradient.device) for vector in vectors)
-        # Real views: a product of complex numbers would lose the sign of zeros.
-        wide = _limited(_as_real(gradient).to(torch.float64) * first * second, limit, pairs=gradient.is_complex())
-        _as_real(gradient).copy_(wide.masked_fill_(zeroed, 0.0))
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+
+    def measure(self, gradients: Sequence[Tensor | None]) -> Tensor:
+        """Measures all groups.
+
+        Args:
+            gradients: One a parameter of the plan, of any shape; None where there is none.
+
+        Returns:
+            `(G, COLUMNS)` float64 on the device of the first gradient, or on the CPU if there is none.
+        """
+        groups = self._plan.groups
+        placed = zip(gradients, self._plan.group_of, strict=True)
+        present = [(gradient, group) for gradient, group in placed if gradient is not None]
+        home = present[0][0].device if present else torch.device("cpu")
+        table = torch.zeros(len(groups), COLUMNS, dtype=torch.float64, device=home)
+        if present:
+            rows = torch.stack([_row(gradient, groups[group].strategy).to(home) for gradient, group in present])
+            table.index_add_(0, torch.tensor([group for _, group in present], device=home), rows)
+        return table
+
+    def apply_(self, gradients: Sequence[Tensor | None], decision: Decision) -> None:
+        """Applies a decision in place.
+
+        On the CPU a group that keeps its values is not touched. Elsewhere everything is multiplied, with factors of 1
+        too, because to look at the decision would make the host wait for the device.
+
+        Args:
+            gradients: As they were measured.
+            decision: What to do with each group.
+        """
+        on_host = decision.changed.device.type == "cpu"
+        changed = decision.changed.tolist() if on_host else [True] * len(self._plan.groups)
+        for gradient, group in zip(gradients, self._plan.group_of, strict=True):
+            if gradient is not None and changed[group]:
+                _apply_(gradient, group, decision)
+
+
+def _apply_(gradient: Tensor, group: int, decision: Decision) -> None:
+    """Changes one tensor."""
+    vectors = (decision.first, decision.second, decision.limits, decision.zeroed)
+    first, second, limit, zeroed = (vector[group].to(gradient.device) for vector in vectors)
+    # Real views: a product of complex numbers would lose the sign of zeros.
+    real = _as_real(gradient)
+    wide = _limited(real.to(torch.float64) * first * second, limit, pairs=gradient.is_complex())
+    real.copy_(wide.masked_fill_(zeroed, 0.0))
 
 
 def _row(gradient: Tensor, strategy: object) -> Tensor:
