@@ -137,6 +137,11 @@ def test_refuses_a_threshold_beside_what_has_its_own(policy: object) -> None:
         ({"on_nonfinite": "drop"}, SettingError, "^on_nonfinite: got 'drop'"),
         ({"overrides": {"c": None}}, UnmatchedError, "^override 'c': got a key that matches none of 2 layers"),
         ({"layers": ["c*"]}, UnmatchedError, r"^layers='c\*'"),
+        (
+            {"layers": "a"},
+            SettingError,
+            r"^layers: got 'a'; allowed: a list of paths or globs; next: pass layers=\['a'\]",
+        ),
     ],
 )
 def test_refuses_bad_settings_when_made(settings: dict[str, object], error: type[Exception], message: str) -> None:

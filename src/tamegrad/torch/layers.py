@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from tamegrad.errors import UnmatchedError, closest, quoted
+from tamegrad.errors import SettingError, UnmatchedError, closest, quoted
 from tamegrad.groups import Layer, Parameter
 from tamegrad.torch.names import CELL_TYPES, ROOT, WRAPPED_NAMES, joined, stacked
 from torch import nn
@@ -95,8 +95,13 @@ def check_patterns(patterns: Sequence[str], paths: Sequence[str]) -> None:
         paths: The paths of all modules.
 
     Raises:
+        SettingError: If the patterns are one text, whose letters would be taken for patterns.
         UnmatchedError: If one matches none of them.
     """
+    if isinstance(patterns, str):
+        raise SettingError(
+            "layers", got=repr(patterns), allowed="a list of paths or globs", advice=f"pass layers=[{patterns!r}]"
+        )
     for pattern in patterns:
         if not any(fnmatch.fnmatchcase(path, pattern) for path in paths):
             raise UnmatchedError(

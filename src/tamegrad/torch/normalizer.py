@@ -79,7 +79,7 @@ class GradientNormalizer:
         self.skipped_steps = 0
         self._on_nonfinite = on_nonfinite
         self._policy = as_policy(policy, overrides, "policy")
-        self._merged = tuple(layers or ())
+        self._merged = layers or ()
         self._only = None if parameters is None else list(parameters)
         self._said_no_gradient = False
         self._nonfinite_before: Counter[str] = Counter()
