@@ -1,0 +1,143 @@
+"""The command `tamegrad`: its commands, its exit codes, and one clear line for whatever the user can mend.
+
+Nothing but Python is imported before it is needed: help is instant, and a missing extra is a message like any other.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NoReturn
+
+from tamegrad import __version__
+from tamegrad.errors import MissingExtraError, SettingError, TamegradError, closest, quoted
+
+if TYPE_CHECKING:
+    import click
+
+__all__ = ["main"]
+
+EXIT_DONE = 0
+EXIT_MENDABLE = 2
+EXIT_INTERRUPTED = 130
+
+# What comes with which extra, by the name that is imported.
+_EXTRAS = {
+    "click": "study",
+    "rich": "study",
+    "plotly": "study",
+    "jinja2": "study",
+    "markupsafe": "study",
+    "torch": "torch",
+}
+
+_HELP = """Gradient normalization, studied: see what each strategy does to a training run.
+
+\b
+Examples:
+  tamegrad compare          train one network under every strategy, about a minute
+  tamegrad compare --help   all its options
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Runs the command and ends the process.
+
+    Args:
+        arguments: What stands behind `tamegrad`; None for what the process was started with.
+
+    Raises:
+        SystemExit: Always; its code is 0, 2 for what the user can mend, or 130 for Ctrl-C.
+    """
+    sys.exit(_run(sys.argv[1:] if arguments is None else list(arguments)))
+
+
+def _run(arguments: list[str]) -> int:
+    try:
+        return _run_click(arguments)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in _EXTRAS:
+            raise
+        return _refuse(_missing_extra(missing))
+    except TamegradError as error:
+        return _refuse(error)
+    except KeyboardInterrupt:
+        sys.stderr.write("tamegrad: interrupted\n")
+        return EXIT_INTERRUPTED
+
+
+def _run_click(arguments: list[str]) -> int:
+    import click
+
+    try:
+        code = _commands().main(arguments, prog_name="tamegrad", standalone_mode=False)
+    except click.exceptions.Abort:
+        raise KeyboardInterrupt from None
+    except click.UsageError as error:
+        return _refuse(_usage_error(error))
+    return code if isinstance(code, int) else EXIT_DONE
+
+
+def _commands() -> "click.Group":
+    """Returns the command with all its commands; a new one is one line more."""
+    import click
+
+    from tamegrad.study.command import compare
+
+    @click.group(help=_HELP, invoke_without_command=True, context_settings={"max_content_width": 100})
+    @click.version_option(__version__, message="tamegrad %(version)s")
+    @click.pass_context
+    def tamegrad(context: click.Context) -> None:
+        if context.invoked_subcommand is None:
+            click.echo(context.get_help())
+
+    tamegrad.add_command(compare)
+    return tamegrad
+
+
+def _usage_error(error: "click.UsageError") -> SettingError:
+    """Puts what click says about the command line into the four parts."""
+    import click
+
+    context = error.ctx
+    where = "tamegrad" if context is None else context.command_path
+    if isinstance(error, click.NoSuchOption):
+        parameters = [] if context is None else context.command.get_params(context)
+        known = [option for parameter in parameters for option in parameter.opts]
+        got, allowed = f"unknown option {error.option_name!r}", _allowed(error.option_name, known)
+    elif isinstance(error, click.NoSuchCommand):
+        command = context.command if context is not None else None
+        known = list(command.commands) if isinstance(command, click.Group) else []
+        got, allowed = f"unknown command {error.command_name!r}", _allowed(error.command_name, known)
+    elif isinstance(error, click.BadOptionUsage):
+        # click does not say of which command.
+        where, advice = f"tamegrad {error.option_name}", "tamegrad COMMAND --help"
+        return SettingError(where, got=_said(error), allowed="what its help lists", advice=advice)
+    else:
+        got, allowed = _said(error), "what its help lists"
+    return SettingError(where, got=got, allowed=allowed, advice=f"{where} --help")
+
+
+def _said(error: "click.UsageError") -> str:
+    message = error.format_message().rstrip(".").removeprefix("Got ")
+    return message[:1].lower() + message[1:]
+
+
+def _allowed(name: str, known: Sequence[str]) -> str:
+    return f"{', '.join(known)}; closest: {quoted(closest(name, known, most=1))}"
+
+
+def _missing_extra(module: str) -> MissingExtraError:
+    extra = _EXTRAS[module]
+    return MissingExtraError(
+        "tamegrad",
+        got=f"a Python without {module}",
+        allowed=f"one with the extra {extra!r}",
+        advice="pip install 'tamegrad[torch,study]'",
+    )
+
+
+def _refuse(error: TamegradError) -> int:
+    # One line, whatever a path or an argument holds.
+    line = " ".join(str(error).splitlines())
+    sys.stderr.write(f"{line}\n" if line.startswith("tamegrad") else f"tamegrad: {line}\n")
+    return EXIT_MENDABLE

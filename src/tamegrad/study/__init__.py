@@ -1,0 +1,1 @@
+"""The main job: train one network under each strategy on the same text, compare, and draw."""

@@ -1,0 +1,72 @@
+"""Makes the page: one HTML file that needs nothing but itself."""
+
+import json
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]  # plotly has no types
+
+from tamegrad.study.charts import HIGHEST_LOSS, HIGHEST_NORM, LOWEST_NORM, heat_map, loss_chart
+from tamegrad.study.results import Results, write_whole
+from tamegrad.study.settings import STRATEGIES
+from tamegrad.study.words import COLUMNS, cells, diverged_rule
+
+__all__ = ["make_page", "write_page"]
+
+FILE_NAME = "index.html"
+
+
+def make_page(results: Results) -> str:
+    """Returns the page of a comparison: everything on it is in the results.
+
+    Args:
+        results: What `results.json` holds.
+
+    Returns:
+        HTML with its styles, scripts and data inside.
+    """
+    names = list(STRATEGIES)
+    charts = {
+        "held-out": loss_chart(results, names, held_out=True),
+        "training": loss_chart(results, names, held_out=False),
+        "norms": heat_map(results),
+    }
+    template = Environment(
+        loader=PackageLoader("tamegrad.study", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    ).get_template("page.html")
+    return template.render(
+        results=results,
+        rows=[cells(run) for run in results["runs"]],
+        columns=COLUMNS,
+        color_of=names.index,
+        diverged_rule=diverged_rule(results),
+        highest_loss=HIGHEST_LOSS,
+        lowest_norm=LOWEST_NORM,
+        highest_norm=HIGHEST_NORM,
+        charts=_script(json.dumps(charts, allow_nan=False)),
+        plotly_js=_script(get_plotlyjs()),
+    )
+
+
+def write_page(results: Results, folder: Path) -> Path:
+    """Writes `index.html` whole, or not at all.
+
+    Args:
+        results: What `results.json` holds.
+        folder: Where.
+
+    Returns:
+        The file.
+
+    Raises:
+        OSError: If the folder cannot be written to.
+    """
+    path = folder / FILE_NAME
+    write_whole(path, make_page(results))
+    return path
+
+
+def _script(source: str) -> Markup:
+    """Returns a script or data as it can stand inside of a script element, which nothing but its end tag ends."""
+    return Markup(source.replace("</script", "<\\/script"))  # noqa: S704  our own data, and plotly's own script

@@ -1,0 +1,156 @@
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go  # type: ignore[import-untyped]  # plotly has no types
+import pytest
+
+from tamegrad.study.compare import Comparison, compare
+from tamegrad.study.page import make_page, write_page
+from tamegrad.study.results import Results, make_results
+from tamegrad.study.settings import STRATEGIES, Settings
+from tamegrad.study.table import print_results
+from tamegrad.study.text import Text
+from tamegrad.study.train import Run
+
+ENVIRONMENT: dict[str, Any] = {"command": "tamegrad compare --text '<b>&'", "python": "3.11", "seconds": 1.0}
+LOADING = ("src", "href", "srcset", "data", "action", "poster")
+
+
+class Elements(HTMLParser):
+    """What a browser would load, and the text that it would show."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.loads: list[str] = []
+        self.tags: list[str] = []
+        self.scripts: dict[str | None, str] = {}
+        self.shown = ""
+        self._script: str | None = None
+        self._inside = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.loads += [f"{tag} {name}={value}" for name, value in attrs if name in LOADING]
+        self._inside = tag
+        self._script = dict(attrs).get("id")
+
+    def handle_endtag(self, tag: str) -> None:
+        del tag
+        self._inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._inside == "script":
+            self.scripts[self._script] = self.scripts.get(self._script, "") + data
+        elif self._inside == "style":
+            assert "url(" not in data
+            assert "@import" not in data
+        else:
+            self.shown += data
+
+
+@pytest.fixture(scope="module")
+def results() -> Results:
+    text = Text(b"ninety-nine bottles of beer on the wall\n" * 500, "<i>a song</i></script>", 1)
+    # Large enough that the run without normalization is not finite before it ends.
+    comparison = compare(Settings(steps=4, lr=1e4), text, lambda _: None)
+    return make_results(comparison, ENVIRONMENT)
+
+
+@pytest.fixture(scope="module")
+def page(results: Results) -> Elements:
+    return Elements(make_page(results))
+
+
+@pytest.fixture(scope="module")
+def charts(page: Elements) -> dict[str, Any]:
+    decoded: dict[str, Any] = json.loads(page.scripts["charts"])
+    return decoded
+
+
+def test_it_loads_nothing(page: Elements) -> None:
+    assert page.loads == []
+    assert not {"link", "img", "iframe", "object"} & set(page.tags)
+
+
+def test_the_browser_is_told_to_load_nothing(results: Results) -> None:
+    policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]+)"', make_page(results))
+    assert policy is not None
+    assert policy[1].startswith("default-src 'none'; ")
+    assert "http" not in policy[1]
+
+
+def test_it_shows_every_strategy_and_what_to_use(page: Elements, results: Results) -> None:
+    assert all(name in page.shown for name in STRATEGIES)
+    assert results["recommendation"] in page.shown
+
+
+def test_what_users_wrote_is_shown_as_they_wrote_it(page: Elements) -> None:
+    assert "<i>a song</i></script>" in page.shown
+    assert "tamegrad compare --text '<b>&'" in page.shown
+
+
+def test_it_has_a_dark_and_a_light_theme_with_a_colour_a_strategy(results: Results) -> None:
+    source = make_page(results)
+    light, dark = source.split("@media (prefers-color-scheme: dark)")[:2]
+    for number in range(len(STRATEGIES)):
+        assert f"--c{number}: #" in light
+        assert f"--c{number}: #" in dark
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_plotly_knows_all_that_the_charts_say(charts: dict[str, Any]) -> None:
+    assert set(charts) == {"held-out", "training", "norms"}
+    for figure in charts.values():
+        layout = dict(figure["layout"])
+        for kind in ("shapes", "annotations"):
+            # The page takes `meta` off before plotly sees it.
+            items = layout.pop(kind)
+            layout[kind] = [{key: value for key, value in item.items() if key != "meta"} for item in items]
+        go.Figure({"data": figure["data"], "layout": layout})
+
+
+def test_a_strategy_has_one_colour_in_every_chart(charts: dict[str, Any]) -> None:
+    for name in ("held-out", "training"):
+        colors = {trace["meta"]["strategy"]: trace["meta"]["color"] for trace in charts[name]["data"]}
+        assert colors == {strategy: number for number, strategy in enumerate(STRATEGIES)}
+
+
+def test_a_run_that_diverged_has_a_cross_where_it_did(charts: dict[str, Any], results: Results) -> None:
+    diverged = {run["strategy"]: run["diverged_at"] for run in results["runs"] if run["diverged_at"] is not None}
+    assert "None" in diverged
+    crosses = {trace["name"]: trace["x"][0] for trace in charts["training"]["data"] if trace["mode"] == "markers"}
+    assert crosses == diverged
+
+
+def test_what_is_not_finite_is_marked_in_the_heat_map(charts: dict[str, Any], results: Results) -> None:
+    run = results["runs"][0]
+    assert run["ended"] == "non-finite"
+    assert any(trace.get("meta") == "nonfinite" for trace in charts["norms"]["data"])
+    marks = [shape for shape in charts["norms"]["layout"]["shapes"] if shape["xref"] == "x"]
+    assert {mark["x0"] for mark in marks} >= {len(run["norm"])}
+    notes = [label["text"] for label in charts["norms"]["layout"]["annotations"]]
+    assert any(f"stopped at step {len(run['norm'])}: not finite from here" in note for note in notes)
+
+
+def test_a_heat_map_for_every_strategy(charts: dict[str, Any]) -> None:
+    panels = [trace for trace in charts["norms"]["data"] if trace.get("meta") != "nonfinite"]
+    assert len(panels) == len(STRATEGIES)
+    assert all(panel["y"] == ["embedding", "rnn.l0", "rnn.l1", "out"] for panel in panels)
+
+
+def test_what_is_partial_says_so(tmp_path: Path) -> None:
+    interrupted = Comparison(Settings(), Text(b"text", "a song", 1), (Run("None", None),), partial=True)
+    file = write_page(make_results(interrupted, ENVIRONMENT), tmp_path)
+    assert "This comparison was interrupted" in Elements(file.read_text(encoding="utf-8")).shown
+
+
+def test_the_terminal_says_the_same(results: Results, capsys: pytest.CaptureFixture[str]) -> None:
+    print_results(results)
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in STRATEGIES)
+    assert results["recommendation"] in shown
+    assert "NaN" in shown
