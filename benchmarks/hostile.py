@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from hostile_inputs import INPUTS, Input
 from hostile_judge import MEANINGS, ROUNDINGS, Tool, Verdict, Word, outcome
-
-import torch
 
 __all__ = ["Column", "columns", "judge_all", "main", "page", "table"]
 

@@ -10,10 +10,9 @@ from enum import StrEnum
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
+import torch
 from hostile_inputs import Gradients, Input
 from numpy.typing import NDArray
-
-import torch
 from torch import Tensor
 
 __all__ = ["MEANINGS", "ROUNDINGS", "Per", "Tool", "Verdict", "Word", "judge", "outcome"]

@@ -3,10 +3,9 @@
 import os
 from functools import partial
 
+import torch
 from hostile_inputs import Gradients
 from hostile_judge import Tool
-
-import torch
 
 # Read by Keras when it is imported; the gradients here are PyTorch's.
 os.environ["KERAS_BACKEND"] = "torch"

@@ -4,10 +4,9 @@ import jax  # type: ignore[import-not-found, unused-ignore]  # not where types a
 import jax.numpy as jnp  # type: ignore[import-not-found, unused-ignore]  # not where types are checked
 import numpy as np
 import optax  # type: ignore[import-not-found, unused-ignore]  # not where types are checked
+import torch
 from hostile_inputs import Gradients
 from hostile_judge import Tool
-
-import torch
 from torch import Tensor
 
 __all__ = ["OPTAX", "versions"]

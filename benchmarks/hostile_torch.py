@@ -2,15 +2,15 @@
 
 from collections.abc import Callable
 
+import torch
 from hostile_inputs import Gradients
 from hostile_judge import Per, Tool
+from torch import nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
 import tamegrad
-import torch
 from tamegrad import Clip, ClipValue
 from tamegrad.torch import normalize_grad_
-from torch import nn
 
 __all__ = ["TAMEGRAD", "TORCH", "versions"]
 

@@ -62,7 +62,7 @@ def test_the_options_are_these() -> None:
 
 
 def test_the_commands_are_these() -> None:
-    assert list(cli._commands().commands) == ["compare"]
+    assert list(cli._commands().commands) == ["compare", "dl4j"]
 
 
 @pytest.mark.parametrize("arguments", [(), ("--help",)])
@@ -215,7 +215,7 @@ def test_an_unknown_command_names_the_closest(run: Run) -> None:
     code, _, err = run("compair")
     assert code == 2
     assert err == (
-        "tamegrad: got unknown command 'compair'; allowed: compare; closest: 'compare'; next: tamegrad --help\n"
+        "tamegrad: got unknown command 'compair'; allowed: compare, dl4j; closest: 'compare'; next: tamegrad --help\n"
     )
 
 

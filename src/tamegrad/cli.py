@@ -29,12 +29,13 @@ _EXTRAS = {
     "torch": "torch",
 }
 
-_HELP = """Gradient normalization, studied: see what each strategy does to a training run.
+_HELP = """Gradient normalization: see what each strategy does to a training run, and what a Deeplearning4j model does.
 
 \b
 Examples:
   tamegrad compare          train one network under every strategy, about a minute
   tamegrad compare --help   all its options
+  tamegrad dl4j model.zip   what a Deeplearning4j model does to its gradients
 """
 
 
@@ -81,6 +82,7 @@ def _commands() -> "click.Group":
     """Returns the command with all its commands; a new one is one line more."""
     import click
 
+    from tamegrad.dl4j.command import dl4j
     from tamegrad.study.command import compare
 
     @click.group(help=_HELP, invoke_without_command=True, context_settings={"max_content_width": 100})
@@ -91,6 +93,7 @@ def _commands() -> "click.Group":
             click.echo(context.get_help())
 
     tamegrad.add_command(compare)
+    tamegrad.add_command(dl4j)
     return tamegrad
 
 
@@ -102,7 +105,8 @@ def _usage_error(error: "click.UsageError") -> SettingError:
     where = "tamegrad" if context is None else context.command_path
     if isinstance(error, click.NoSuchOption):
         parameters = [] if context is None else context.command.get_params(context)
-        known = [option for parameter in parameters for option in parameter.opts]
+        options = [parameter for parameter in parameters if isinstance(parameter, click.Option)]
+        known = [name for option in options for name in option.opts]
         got, allowed = f"unknown option {error.option_name!r}", _allowed(error.option_name, known)
     elif isinstance(error, click.NoSuchCommand):
         command = context.command if context is not None else None

@@ -9,8 +9,8 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
-
 import torch
+
 from support.contract import Case, assert_contract, assert_same_report, assert_same_values, bits
 from tamegrad import Report, normalize
 from tamegrad.strategies import OnNonfinite, Per, Strategy

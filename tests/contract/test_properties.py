@@ -7,17 +7,17 @@ from collections.abc import Callable
 from typing import Any, get_args
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-import torch
 from support.contract import Case, Tensors, as_real, assert_contract, bits, widened
 from tamegrad import Clip, ClipValue, GradientNormalization, Keep, NonFiniteGradientError, Policy, Renormalize
 from tamegrad.strategies import OnNonfinite, Per
 from tamegrad.torch import GradientNormalizer
 from tamegrad.torch.gradients import DTYPES
 from tamegrad.torch.kernels import BACKENDS
-from torch import Tensor
 
 # How hypothesis draws the values of a dtype: bfloat16 has float32's range and is rounded to afterwards.
 WIDTHS: dict[torch.dtype, Any] = {

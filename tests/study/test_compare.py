@@ -1,6 +1,6 @@
 import pytest
-
 import torch
+
 from tamegrad.study.compare import compare, recommend
 from tamegrad.study.settings import Settings
 from tamegrad.study.text import Text

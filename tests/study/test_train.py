@@ -1,8 +1,8 @@
 import math
 
 import pytest
-
 import torch
+
 from tamegrad.study.network import batches, held_out_batch, make_network
 from tamegrad.study.settings import DIVERGED_LOSS, NETWORKS, STRATEGIES, Settings
 from tamegrad.study.text import Text

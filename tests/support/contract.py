@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
-
 import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
 from tamegrad import Report, normalize
 from tamegrad.strategies import OnNonfinite
 from tamegrad.torch import GradientNormalizer
-from torch import Tensor, nn
 
 Tensors: TypeAlias = dict[str, dict[str, Tensor]]
 

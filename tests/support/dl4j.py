@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tamegrad import GradientNormalization, Policy
 from tamegrad.strategies import Strategy
 
-Array: TypeAlias = NDArray[np.floating[Any]]
+Array: TypeAlias = NDArray[np.inexact[Any]]
 Arrays: TypeAlias = dict[str, dict[str, Array]]
 
 DATA = Path(__file__).parent.parent / "data" / "dl4j"

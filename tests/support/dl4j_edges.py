@@ -172,7 +172,7 @@ def assert_finite_layers_are_renormalized(before: Arrays, actual: Arrays) -> Non
         got = flat(actual[layer])
         _, direction = _norm_and_direction(flat(before[layer]).astype(np.float64))
         error = relative_error(got, direction.astype(got.dtype))
-        assert error <= SPACINGS[str(got.dtype)] * np.finfo(got.dtype).eps, f"{layer}: relative error {error:.3g}"
+        assert error <= SPACINGS[str(got.dtype)] * np.finfo(got.dtype.name).eps, f"{layer}: relative error {error:.3g}"
 
 
 def _of(group: EdgeGroup, arrays: Arrays) -> Array:

@@ -9,10 +9,10 @@ from enum import Enum
 from typing import NamedTuple
 
 import numpy as np
-
 import torch
-from support.dl4j import Array, Arrays, Layer
 from torch import Tensor, nn
+
+from support.dl4j import Array, Arrays, Layer
 
 
 class Order(Enum):

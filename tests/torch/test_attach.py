@@ -3,11 +3,11 @@ import math
 from typing import Any
 
 import pytest
-
 import torch
+from torch import nn
+
 from tamegrad import Clip, NonFiniteGradientError, Renormalize, SettingError, UnmatchedError
 from tamegrad.torch import attach, normalize_grad_
-from torch import nn
 
 # Every optimizer of torch.optim, found rather than listed, so that a new one is tested on the day it appears.
 OPTIMIZERS = {

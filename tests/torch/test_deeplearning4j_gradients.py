@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-
 import torch
+from torch import Tensor, nn
+
 from support.dl4j import (
     DTYPES,
     GRADIENT_TOLERANCE,
@@ -30,7 +31,6 @@ from support.dl4j_edges import (
 from support.dl4j_torch import build, gradients_of, set_gradients
 from tamegrad import GradientNormalization, GroupReport, Renormalize, Report
 from tamegrad.torch import GradientNormalizer, attach, normalize_grad_
-from torch import Tensor, nn
 
 
 def _by_hand(case: Case, model: nn.ModuleDict) -> Report[Tensor]:

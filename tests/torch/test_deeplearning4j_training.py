@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import pytest
-
 import torch
+from torch import Tensor, nn
+
 from support.dl4j import Array, Arrays, Run, load, relative_error, training_runs
 from support.dl4j_torch import Order, build, parameters_of, set_parameters, to_torch
 from tamegrad.torch import attach
-from torch import Tensor, nn
 
 STEPS = 20
 CHECKED_AFTER = (1, 5, 20)

@@ -5,14 +5,14 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor, nn
 
-import torch
 from tamegrad import Clip, ClipValue, Keep, Renormalize, SettingError
 from tamegrad.torch import normalize_grad_
 from tamegrad.torch.gradients import _overlaps_itself
-from torch import Tensor, nn
 
 STRATEGIES = [Clip(1.0), ClipValue(0.5), Renormalize(), Clip(1.0, per="model"), Clip(1.0, per="tensor")]
 

@@ -3,12 +3,12 @@
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-import torch
 from tamegrad import UnmatchedError
 from tamegrad.torch.layers import check_patterns, find_layers
-from torch import nn
 
 
 def types_of(model: nn.Module, *merged: str) -> dict[str, tuple[str, ...]]:

@@ -2,8 +2,9 @@ import math
 from typing import Any
 
 import pytest
-
 import torch
+from torch import Tensor, nn
+
 from tamegrad import (
     Clip,
     ClipValue,
@@ -18,7 +19,6 @@ from tamegrad import (
     UnmatchedError,
 )
 from tamegrad.torch import GradientNormalizer, normalize_grad_
-from torch import Tensor, nn
 
 
 def two_layers(first: list[float], second: list[float]) -> Any:

@@ -1,13 +1,13 @@
 """`(name, parameter)` pairs in place of a module: the names tell what the module would have."""
 
 import pytest
-
 import torch
+from torch import nn
+
 from tamegrad import Clip, SettingError, UnmatchedError
 from tamegrad.torch import GradientNormalizer, attach, normalize_grad_
 from tamegrad.torch.layers import find_layers
 from tamegrad.torch.pairs import read_pairs
-from torch import nn
 
 
 class Everything(nn.Module):

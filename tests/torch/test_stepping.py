@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-
 import torch
+from torch import Tensor, nn
+
 from tamegrad import (
     Clip,
     ClipValue,
@@ -25,7 +26,6 @@ from tamegrad import (
     normalize,
 )
 from tamegrad.torch import attach, normalize_grad_
-from torch import Tensor, nn
 
 LARGE = 50.0
 STRATEGIES = [Clip(0.5), ClipValue(0.05), Renormalize(), Clip(0.5, per="model")]

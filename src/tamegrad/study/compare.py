@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+
 from tamegrad.study.settings import Settings
 from tamegrad.study.text import Text
 from tamegrad.study.train import Run, new_run, train

@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor, nn
+
 from tamegrad.study.settings import BATCH, LENGTH, VOCABULARY
 from tamegrad.study.text import Text
-from torch import Tensor, nn
 
 __all__ = ["ByteNetwork", "batches", "held_out_batch", "make_network"]
 

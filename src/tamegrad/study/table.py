@@ -2,20 +2,16 @@
 
 from typing import Self
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from tamegrad.study.results import Results, RunResults
 from tamegrad.study.settings import Settings
 from tamegrad.study.train import Run
 from tamegrad.study.words import COLUMNS, cells, diverged_rule
+from tamegrad.terminal import output, plain_table
 
 __all__ = ["Bars", "print_results"]
-
-# Where nobody looks at a terminal (a file, a log) there is no width to fit in.
-_WIDTH_OF_A_FILE = 120
 
 
 class Bars:
@@ -66,10 +62,7 @@ def print_results(results: Results) -> None:
     Args:
         results: What was measured.
     """
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_WIDTH_OF_A_FILE)
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    console, table = output(), plain_table()
     for number, column in enumerate(COLUMNS):
         # Narrow headings leave a terminal of the usual width to the names.
         heading = column.title.replace(" ", "\n", 1)

@@ -7,13 +7,14 @@ from time import perf_counter
 from typing import Literal
 
 import torch
+from torch import Tensor, nn
+
 from tamegrad import Keep
 from tamegrad.report import Report
 from tamegrad.study.network import ByteNetwork, batches, held_out_batch, make_network
 from tamegrad.study.settings import DIVERGED_LOSS, TORCH_GLOBAL, Settings, strategy_of, threshold_of
 from tamegrad.study.text import Text
 from tamegrad.torch import GradientNormalizer, attach
-from torch import Tensor, nn
 
 __all__ = ["Run", "Step", "train"]
 

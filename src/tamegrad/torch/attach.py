@@ -8,13 +8,14 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
+from torch import Tensor, nn
+
 from tamegrad.errors import NonFiniteGradientError, SettingError, TamegradWarning
 from tamegrad.policy import Overrides
 from tamegrad.strategies import OnNonfinite
 from tamegrad.torch.kernels import BackendName
 from tamegrad.torch.layers import ModelLayers
 from tamegrad.torch.normalizer import GradientNormalizer, Model
-from torch import Tensor, nn
 
 __all__ = ["AttachedNormalizer", "attach"]
 

@@ -10,9 +10,10 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from tamegrad.groups import Plan
 from tamegrad.strategies import Clip, ClipValue, OnNonfinite, Renormalize
-from torch import Tensor
 
 __all__ = ["Decision", "Thresholds", "decide"]
 

@@ -4,8 +4,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from tamegrad.errors import SettingError
 from torch import Tensor, nn
+
+from tamegrad.errors import SettingError
 
 __all__ = ["DTYPES", "Gradients", "collect"]
 

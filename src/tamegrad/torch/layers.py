@@ -8,6 +8,7 @@ import fnmatch
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from torch import nn
 from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -15,7 +16,6 @@ from torch.nn.utils.weight_norm import WeightNorm
 from tamegrad.errors import SettingError, UnmatchedError, closest, quoted
 from tamegrad.groups import Layer, Parameter
 from tamegrad.torch.names import CELL_TYPES, ROOT, WRAPPED_NAMES, joined, stacked
-from torch import nn
 
 __all__ = ["ModelLayers", "find_layers"]
 

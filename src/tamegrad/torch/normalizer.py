@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
 import torch
+from torch import Tensor, nn
+
 from tamegrad.errors import NonFiniteGradientError, SettingError, TamegradWarning
 from tamegrad.groups import Plan, check_overrides, make_plan
 from tamegrad.policy import Overrides, as_policy
@@ -17,7 +19,6 @@ from tamegrad.torch.kernels import BACKENDS, BackendName, choose
 from tamegrad.torch.layers import ModelLayers, check_patterns, find_layers
 from tamegrad.torch.pairs import read_pairs
 from tamegrad.torch.watch import ModuleWatch
-from torch import Tensor, nn
 
 __all__ = ["GradientNormalizer", "Model", "normalize_grad_"]
 

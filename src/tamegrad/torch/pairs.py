@@ -5,11 +5,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from torch import Tensor, nn
+
 from tamegrad.errors import SettingError
 from tamegrad.groups import Layer, Parameter
 from tamegrad.torch.layers import ModelLayers, matches_any
 from tamegrad.torch.names import CELL_TYPES, ROOT, WRAPPED_NAMES, joined, stacked
-from torch import Tensor, nn
 
 __all__ = ["read_pairs"]
 

@@ -3,11 +3,12 @@
 from collections.abc import Callable, Sequence
 from typing import Literal, Protocol, TypeAlias
 
+from torch import Tensor
+
 from tamegrad.errors import SettingError, quoted
 from tamegrad.groups import Plan
 from tamegrad.torch.decide import Decision
 from tamegrad.torch.kernels import eager
-from torch import Tensor
 
 __all__ = ["BACKENDS", "Backend", "BackendName", "choose"]
 

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
+
 from tamegrad.groups import Plan
 from tamegrad.strategies import ClipValue
 from tamegrad.torch.decide import (
@@ -17,7 +19,6 @@ from tamegrad.torch.decide import (
     SMALL_FACTOR,
     Decision,
 )
-from torch import Tensor
 
 __all__ = ["Kernels"]
 
