@@ -1,7 +1,7 @@
 """Reads the configuration out of a file, in memory and within limits; nothing is executed or written to disk.
 
-The limits leave room for about twice the largest honest configuration: ten thousand bidirectional layers are 35 MB of
-text, 170,000 objects and lists, and 800,000 commas.
+The limits leave room for the largest honest configuration: ten thousand bidirectional layers are 35 MB of text, 170,000
+objects and lists, and 800,000 commas. They leave little more, so that a hostile file is refused within a second.
 """
 
 import io
@@ -19,10 +19,10 @@ from tamegrad.errors import TamegradError, closest, quoted
 
 __all__ = ["Dl4jFileError", "Node", "read_document"]
 
-MOST_BYTES = 64 * 2**20
+MOST_BYTES = 40 * 2**20
 MOST_NESTED = 64
-MOST_OBJECTS = 500_000
-MOST_COMMAS = 1_500_000
+MOST_OBJECTS = 300_000
+MOST_COMMAS = 1_200_000
 
 ENTRY = "configuration.json"
 
