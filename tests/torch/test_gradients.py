@@ -201,3 +201,19 @@ def test_a_complex_zero_keeps_its_sign(strategy: Any) -> None:
     normalize_grad_(model, strategy)
     signs = torch.view_as_real(model.p0.grad).signbit().tolist()
     assert signs == [[False, True], [True, False], [False, False]]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
+def test_a_conjugate_that_is_put_off_is_what_it_means(strategy: Any) -> None:
+    values = torch.tensor([3.0 + 4.0j, 1.0 - 2.0j])
+    lazy, plain = model_with(values.conj()), model_with(values.conj().resolve_conj())
+    assert lazy.p0.grad.is_conj()
+    assert normalize_grad_(lazy, strategy).rows() == normalize_grad_(plain, strategy).rows()
+    assert torch.equal(lazy.p0.grad.resolve_conj(), plain.p0.grad)
+
+
+def test_a_negation_that_is_put_off_is_what_it_means() -> None:
+    lazy = model_with(torch.tensor([0.0 + 3.0j, 0.0 - 4.0j]).conj().imag)
+    assert lazy.p0.grad.is_neg()
+    assert normalize_grad_(lazy, Clip(1.0))["(root)"].norm == 5.0
+    torch.testing.assert_close(lazy.p0.grad.resolve_neg(), torch.tensor([-0.6, 0.8]))

@@ -116,6 +116,25 @@ class TestGradScaler:
         assert norms[0] == pytest.approx(normalize_grad_(plain, Keep()).total_norm.item(), rel=1e-6)
         assert not hasattr(optimizer, "grad_scale")
 
+    @pytest.mark.parametrize("loss_scale", [2.0**-10, 1.0, 1024.0])
+    @pytest.mark.parametrize("strategy", [Clip(2.0), ClipValue(2.0), Clip(0.5), ClipValue(0.5), Renormalize()], ids=str)
+    @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+    def test_the_report_does_not_depend_on_the_loss_scale(
+        self, implementation: str, strategy: Any, loss_scale: float
+    ) -> None:
+        model = nn.Linear(3, 1, bias=False)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, **IMPLEMENTATIONS[implementation])  # type: ignore[arg-type]
+        scaler = torch.amp.GradScaler("cpu", init_scale=loss_scale)
+        normalizer = attach(model, optimizer, strategy)
+        scaler.scale((model.weight * torch.tensor([0.5, -0.75, 1.0])).sum()).backward()
+        scaler.step(optimizer)
+        arrays = {"(root)": {"weight": np.array([0.5, -0.75, 1.0], np.float32)}}
+        _, expected = normalize(arrays, strategy)
+        assert normalizer.report is not None
+        row, right = normalizer.report["(root)"], expected["(root)"]
+        assert (row.clipped, row.nonfinite) == (right.clipped, right.nonfinite)
+        assert (row.norm, row.scale, row.norm_after) == pytest.approx((right.norm, right.scale, right.norm_after))
+
     @pytest.mark.parametrize("on_nonfinite", ["keep", "zero", "skip", "raise"])
     @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
     def test_a_step_that_the_scaler_skips(self, implementation: str, on_nonfinite: Any) -> None:

@@ -19,7 +19,7 @@ class Gradients:
 
     Args:
         values: One a parameter of the plan, dense, in one of `DTYPES`: the gradient itself, the values of a sparse one,
-            or a copy of what cannot be written in place. None where there is no gradient, or where it came before.
+            or a copy of what cannot be read or written in place. None where there is no gradient, or it came before.
         copies: For each position in `values` that holds a copy: what the gradient becomes if the values change, and
             the parameters whose gradient it is.
     """
@@ -70,8 +70,8 @@ def collect(parameters: Sequence[nn.Parameter], names: Iterable[str]) -> Gradien
             merged = gradient.coalesce()
             collected.values[position] = merged.values()
             collected.copies[position] = merged, [parameter]
-        elif _overlaps_itself(gradient):
-            dense = gradient.clone(memory_format=torch.contiguous_format)
+        elif gradient.is_conj() or gradient.is_neg() or _overlaps_itself(gradient):
+            dense = gradient.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
             collected.values[position] = dense
             collected.copies[position] = dense, [parameter]
         else:

@@ -125,10 +125,10 @@ class GradientNormalizer:
             self._make_plan(find_layers(self._model, self._merged) if self._model is not None else self._whole)
         gradients = collect(self._parameters, (parameter.name for parameter in self.plan.parameters))
         self._warn_without_gradients(gradients)
-        table = self._kernels.measure(gradients.values)
-        self._move_to(table.device)
         thresholds = self._thresholds if loss_scale is None else self._thresholds.times(loss_scale)
-        decision = decide(table, thresholds, self._on_nonfinite)
+        table = self._kernels.measure(gradients.values, thresholds)
+        self._move_to(table.device)
+        decision = decide(table, thresholds.to(table.device), self._on_nonfinite)
         self._nonfinite_counts += decision.nonfinite > 0
         # Reading the device is what "keep" and "zero" spare.
         stopped = self._on_nonfinite in {"skip", "raise"} and bool(decision.nonfinite.any())

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tamegrad.errors import SettingError, quoted
 from tamegrad.groups import Plan
-from tamegrad.torch.decide import Decision
+from tamegrad.torch.decide import Decision, Thresholds
 from tamegrad.torch.kernels import eager
 
 __all__ = ["BACKENDS", "Backend", "BackendName", "choose"]
@@ -21,8 +21,11 @@ class Backend(Protocol):
     `gradients` has one entry a parameter of the plan, in its order, and None where there is none.
     """
 
-    def measure(self, gradients: Sequence[Tensor | None]) -> Tensor:
-        """Returns the `(G, COLUMNS)` float64 table of sums that `decide` reads, on the device of the first gradient."""
+    def measure(self, gradients: Sequence[Tensor | None], thresholds: Thresholds) -> Tensor:
+        """Returns the `(G, COLUMNS)` float64 table of sums that `decide` reads, on the device of the first gradient.
+
+        The thresholds are those of the step, which under a loss scale are not the plan's.
+        """
 
     def apply_(self, gradients: Sequence[Tensor | None], decision: Decision) -> None:
         """Changes the gradients that were measured, in place, as was decided."""

@@ -18,6 +18,7 @@ from tamegrad.torch.decide import (
     SMALL_BELOW,
     SMALL_FACTOR,
     Decision,
+    Thresholds,
 )
 
 __all__ = ["Kernels"]
@@ -33,11 +34,12 @@ class Kernels:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
 
-    def measure(self, gradients: Sequence[Tensor | None]) -> Tensor:
+    def measure(self, gradients: Sequence[Tensor | None], thresholds: Thresholds) -> Tensor:
         """Measures all groups.
 
         Args:
             gradients: One a parameter of the plan, of any shape; None where there is none.
+            thresholds: Of the step, on any device.
 
         Returns:
             `(G, COLUMNS)` float64 on the device of the first gradient, or on the CPU if there is none.
@@ -48,7 +50,12 @@ class Kernels:
         home = present[0][0].device if present else torch.device("cpu")
         table = torch.zeros(len(groups), COLUMNS, dtype=torch.float64, device=home)
         if present:
-            rows = torch.stack([_row(gradient, groups[group].strategy).to(home) for gradient, group in present])
+            limits = [
+                thresholds.values[group] if isinstance(groups[group].strategy, ClipValue) else None
+                for _, group in present
+            ]
+            measured = (_row(gradient, limit) for (gradient, _), limit in zip(present, limits, strict=True))
+            rows = torch.stack([row.to(home) for row in measured])
             table.index_add_(0, torch.tensor([group for _, group in present], device=home), rows)
         return table
 
@@ -79,8 +86,8 @@ def _apply_(gradient: Tensor, group: int, decision: Decision) -> None:
     real.copy_(wide.masked_fill_(zeroed, 0.0))
 
 
-def _row(gradient: Tensor, strategy: object) -> Tensor:
-    """Measures one tensor."""
+def _row(gradient: Tensor, limit: Tensor | None) -> Tensor:
+    """Measures one tensor; with a limit also what it would be if its values were cut there."""
     real = _as_real(gradient)
     row = torch.zeros(COLUMNS, dtype=torch.float64, device=gradient.device)
     row[BEFORE] = _squares(real)
@@ -88,8 +95,8 @@ def _row(gradient: Tensor, strategy: object) -> Tensor:
     if gradient.device.type != "cpu" or not row.isfinite().all():
         kinds = torch.isnan(real), torch.isposinf(real), torch.isneginf(real)
         row[NONFINITE] = torch.stack([kind.sum() for kind in kinds]).to(torch.float64)
-    if isinstance(strategy, ClipValue):
-        wide, limit = real.to(torch.float64), torch.tensor(strategy.threshold, dtype=torch.float64)
+    if limit is not None:
+        wide, limit = real.to(torch.float64), limit.to(gradient.device)
         row[AFTER] = _squares(_limited(wide, limit, pairs=gradient.is_complex()))
         row[CUT] = (_magnitudes(wide, pairs=gradient.is_complex()) > limit).sum()
     return row
