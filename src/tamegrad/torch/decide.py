@@ -105,17 +105,16 @@ def decide(table: Tensor, thresholds: Thresholds, on_nonfinite: OnNonfinite) -> 
     """
     vectors = table, thresholds.norms, thresholds.values, thresholds.renormalizes
     if table.device.type != "cpu":
-        return Decision(*_decide(torch, *vectors, on_nonfinite))
+        return Decision(*_decide(torch, on_nonfinite, *vectors))
     # On the host NumPy does the same in a fifth of the time, most of which is the cost of a call.
     with np.errstate(all="ignore"):
-        decided = _decide(np, *(vector.numpy() for vector in vectors), on_nonfinite)
+        decided = _decide(np, on_nonfinite, *(vector.numpy() for vector in vectors))
     return Decision(*(torch.from_numpy(np.asarray(vector)) for vector in decided))
 
 
-def _decide(
-    xp: ModuleType, table: Any, largest: Any, limits: Any, renormalizes: Any, on_nonfinite: OnNonfinite  # noqa: ANN401
-) -> tuple[Any, ...]:
+def _decide(xp: ModuleType, on_nonfinite: OnNonfinite, *vectors: Any) -> tuple[Any, ...]:  # noqa: ANN401  see below
     """Decides on arrays of NumPy or PyTorch, whose functions `xp` has; returns the fields of a `Decision`."""
+    table, largest, limits, renormalizes = vectors
     root, unit = _norm(xp, table[:, BEFORE])
     norms = root * unit
     nonfinite = table[:, NONFINITE].sum(1)
@@ -130,9 +129,11 @@ def _decide(
     scale = xp.where(rescaled, ratio / unit, one)
     fits = (scale >= _SMALLEST_NORMAL) & (scale < math.inf)
 
-    root_after, unit_after = _norm(xp, table[:, AFTER])
-    norms_after = xp.where(rescaled, largest, xp.where(cut, root_after * unit_after, norms))
-    scales = xp.where(cut, root_after / root * (unit_after / unit), scale)
+    norms_after, scales = xp.where(rescaled, largest, norms), scale
+    if xp is not np or cut.any():
+        root_after, unit_after = _norm(xp, table[:, AFTER])
+        norms_after = xp.where(cut, root_after * unit_after, norms_after)
+        scales = xp.where(cut, root_after / root * (unit_after / unit), scale)
     total_root, total_unit = _norm(xp, table[:, BEFORE].sum(0)[None])
     return (
         norms,
@@ -151,6 +152,9 @@ def _decide(
 def _norm(xp: ModuleType, sums: Any) -> tuple[Any, Any]:  # noqa: ANN401  arrays of NumPy or PyTorch
     """Combines the three ranges of `(G, 3)` sums of squares to norms `root·unit`, where `unit` is a power of two."""
     small, middle, big = sums[:, 0], sums[:, 1], sums[:, 2]
+    if xp is np and not (small.any() or big.any()):
+        # The usual case, which only the host can afford to look for.
+        return xp.sqrt(middle), xp.ones_like(middle)
     is_big, is_small = big > 0, (big == 0) & (middle == 0)
     # In the big range the smallest values no longer count; below it, small and middle ones may both.
     root_big = xp.sqrt(big + middle * BIG_FACTOR * BIG_FACTOR)

@@ -1,11 +1,12 @@
 """The backend for CPUs: loops compiled by Numba, over all gradients of all groups at once, on several threads.
 
-The work is cut into chunks whose bounds depend on the gradients alone, and what the chunks give is added up in their
-order: the same gradients give the same bits on any number of threads. The threads are ordinary ones of Python that sleep
+The work is cut into chunks whose bounds depend on the gradients alone, and what they give is added up in their order:
+the same gradients give the same bits on any number of threads. The threads are ordinary ones of Python that sleep
 between steps, because Numba's own either refuse to be called by two threads at once or, as OpenMP's, spin and do not
 survive a fork.
 """
 
+import itertools
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -80,8 +81,8 @@ class _Work:
 class Kernels:
     """Measures and changes the gradients of one plan.
 
-    If a gradient is not on the CPU, or is float16 on a CPU that has no instruction to convert it, all of them go through
-    the eager backend.
+    If a gradient is not on the CPU, or is float16 on a CPU that has no instruction to convert it, all go through the
+    eager backend.
 
     Args:
         plan: The plan.
@@ -206,7 +207,7 @@ def _share_out(chunks: NDArray[np.int64], kinds: NDArray[np.int64], threads: int
     bounds = {int(bound) for bound in np.searchsorted(ends, np.arange(1, count) * total / count)}
     bounds |= {0, len(chunks), *(int(bound) + 1 for bound in np.flatnonzero(np.diff(kinds)))}
     places = sorted(bounds)
-    return [(_KINDS[DTYPES[kinds[first]]], first, last) for first, last in zip(places, places[1:], strict=False)]
+    return [(_KINDS[DTYPES[kinds[first]]], first, last) for first, last in itertools.pairwise(places)]
 
 
 def _kinds_of(tasks: Sequence[_Task]) -> Iterable[_Kind]:

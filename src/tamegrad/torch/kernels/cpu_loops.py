@@ -33,12 +33,12 @@ BLOCK = 4096
 SAFE_ABOVE, SAFE_BELOW = 2.0**-900, 2.0**972
 
 
-def widened(value: Any) -> Any:  # noqa: ANN401  see `_widened`
+def widened(value: Any) -> Any:
     """Returns the value that bits stand for, as float64. Only for compiled code."""
     raise NotImplementedError
 
 
-def narrowed(value: Any, like: Any) -> Any:  # noqa: ANN401  see `_narrowed`
+def narrowed(value: Any, like: Any) -> Any:
     """Returns the bits of a float64 in the dtype of an array's values. Only for compiled code."""
     raise NotImplementedError
 
@@ -73,12 +73,12 @@ def _to_float64(value: Any, like: Any) -> Any:
 
 
 @overload(widened)  # type: ignore[untyped-decorator]
-def _widened(value: Any) -> Any:  # noqa: ANN401  a type of Numba
+def _widened(value: Any) -> Any:
     return {"uint16": _from_bfloat16, "int16": _from_float16}.get(value.name, _from_float)
 
 
 @overload(narrowed)  # type: ignore[untyped-decorator]
-def _narrowed(value: Any, like: Any) -> Any:  # noqa: ANN401  types of Numba
+def _narrowed(value: Any, like: Any) -> Any:
     del value
     roundings = {"uint16": _to_bfloat16, "int16": _to_float16, "float32": _to_float32}
     return roundings.get(like.dtype.name, _to_float64)

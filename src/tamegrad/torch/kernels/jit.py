@@ -52,7 +52,7 @@ class Entry:
             # Numba found no folder that it can write to: all works, and every process compiles anew.
             _log.info("compiled code is not kept on disk: %s", error)
 
-    def __call__(self, *args: object) -> Any:  # noqa: ANN401  what the function returns
+    def __call__(self, *args: object) -> Any:
         """Runs it."""
         if not self._ready:
             self.prepare(None, *args)
@@ -95,43 +95,43 @@ CONVERTS_FLOAT16: bool = platform.machine().lower() in {"arm64", "aarch64"} or b
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def half_to_single(_: Any, bits: Any) -> Any:  # noqa: ANN401  Numba's types
+def half_to_single(_: Any, bits: Any) -> Any:
     """Returns the float16 that 16 bits stand for as float32; only where `CONVERTS_FLOAT16`."""
 
-    def generate(_: Any, builder: Any, __: Any, args: Any) -> Any:  # noqa: ANN401
+    def generate(_: Any, builder: Any, __: Any, args: Any) -> Any:
         return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
 
     return types.float32(bits), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def single_to_half(_: Any, value: Any) -> Any:  # noqa: ANN401  Numba's types
+def single_to_half(_: Any, value: Any) -> Any:
     """Rounds a float32 to float16 and returns its bits; only where `CONVERTS_FLOAT16`."""
 
-    def generate(_: Any, builder: Any, __: Any, args: Any) -> Any:  # noqa: ANN401
+    def generate(_: Any, builder: Any, __: Any, args: Any) -> Any:
         return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), _HALF_WORD)
 
     return types.int16(value), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def load(_: Any, address: Any) -> Any:  # noqa: ANN401  Numba's types
+def load(_: Any, address: Any) -> Any:
     """Reads the 64-bit integer at an address."""
 
-    def generate(_: Any, builder: Any, __: Any, args: Any) -> Any:  # noqa: ANN401
+    def generate(_: Any, builder: Any, __: Any, args: Any) -> Any:
         return builder.load(builder.inttoptr(args[0], _WORD.as_pointer()))
 
     return types.int64(address), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def call(_: Any, address: Any, arguments: Any) -> Any:  # noqa: ANN401  Numba's types
+def call(_: Any, address: Any, arguments: Any) -> Any:
     """Calls a C function at an address with a tuple of 64-bit integers or pointers; returns a 64-bit integer.
 
     Of a C `int` only the lower half counts: `np.int32(call(...))`.
     """
 
-    def generate(_: Any, builder: Any, __: Any, args: Any) -> Any:  # noqa: ANN401
+    def generate(_: Any, builder: Any, __: Any, args: Any) -> Any:
         words = [builder.extract_value(args[1], index) for index in range(len(arguments))]
         function = ir.FunctionType(_WORD, [_WORD] * len(words))
         return builder.call(builder.inttoptr(args[0], function.as_pointer()), words)
@@ -140,11 +140,11 @@ def call(_: Any, address: Any, arguments: Any) -> Any:  # noqa: ANN401  Numba's 
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def pointer_to(_: Any, address: Any, like: Any) -> Any:  # noqa: ANN401  Numba's types
+def pointer_to(_: Any, address: Any, like: Any) -> Any:
     """Returns an address as a pointer to values of an array's dtype, for `numba.carray`."""
-    pointer = types.CPointer(like.dtype)
+    pointer: Any = types.CPointer(like.dtype)  # type: ignore[attr-defined]  # mypy reads another `types`
 
-    def generate(context: Any, builder: Any, _: Any, args: Any) -> Any:  # noqa: ANN401
+    def generate(context: Any, builder: Any, _: Any, args: Any) -> Any:
         return builder.inttoptr(args[0], context.get_value_type(pointer))
 
     return pointer(address, like), generate

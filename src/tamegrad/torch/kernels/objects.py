@@ -1,6 +1,6 @@
 """Compiled walks over Python's own objects, for what would take Python a microsecond a tensor.
 
-They call CPython's C functions by address, and read a tensor's memory through the C interface that DLPack defines for it
+They call CPython's C functions by address, and find a tensor's memory through the C interface that DLPack defines
 (https://dmlc.github.io/dlpack/latest/python_spec.html), which PyTorch has from 2.10 on. All of it holds the GIL.
 """
 
@@ -51,7 +51,7 @@ _CODES = np.array([(2, 16), (4, 16), (2, 32), (2, 64), (5, 64), (5, 128)], dtype
 
 @inlined
 def _dense_count(rank: Any, shape: Any, strides: Any) -> Any:
-    """Returns how many values a tensor has, or -1 if they leave gaps in memory or overlap, in whatever order they lie."""
+    """Returns how many values a tensor has, or -1 if they leave gaps in memory or overlap."""
     count = 1
     for dimension in range(rank):
         count *= load(shape + 8 * dimension)
