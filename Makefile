@@ -29,9 +29,9 @@ clean:
 
 # Each stamp stands for one set of extras, and is renewed when what it was installed from changes.
 .venv/run: .venv/bin/python pyproject.toml constraints.txt
-	$(PIP) --editable '.[torch,study]'
+	$(PIP) --editable '.[torch,cpu,study]'
 	touch $@
 
 .venv/test: .venv/bin/python pyproject.toml constraints.txt
-	$(PIP) --editable '.[torch,study,test]'
+	$(PIP) --editable '.[torch,cpu,study,test]'
 	touch $@

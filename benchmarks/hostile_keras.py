@@ -9,7 +9,7 @@ from hostile_judge import Tool
 
 # Read by Keras when it is imported; the gradients here are PyTorch's.
 os.environ["KERAS_BACKEND"] = "torch"
-import keras  # type: ignore[import-not-found, unused-ignore]  # not where types are checked
+import keras  # not where types are checked
 
 __all__ = ["KERAS", "versions"]
 

@@ -1,9 +1,9 @@
 """optax's clipping, given the same gradients, under `jax.jit` as its users run it."""
 
-import jax  # type: ignore[import-not-found, unused-ignore]  # not where types are checked
-import jax.numpy as jnp  # type: ignore[import-not-found, unused-ignore]  # not where types are checked
+import jax  # not where types are checked
+import jax.numpy as jnp  # not where types are checked
 import numpy as np
-import optax  # type: ignore[import-not-found, unused-ignore]  # not where types are checked
+import optax  # not where types are checked
 import torch
 from hostile_inputs import Gradients
 from hostile_judge import Tool

@@ -1,7 +1,7 @@
 """Kinds of gradients: sparse, complex, shared, expanded, of odd shapes and layouts."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -13,6 +13,18 @@ from torch import Tensor, nn
 from tamegrad import Clip, ClipValue, Keep, Renormalize, SettingError
 from tamegrad.torch import normalize_grad_
 from tamegrad.torch.gradients import _overlaps_itself
+from tamegrad.torch.kernels import BACKENDS, Choice, choose
+
+
+@pytest.fixture(autouse=True, params=BACKENDS)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Takes each backend in turn, where a test does not ask for one."""
+
+    def chosen(name: str, parameters: Iterable[Tensor]) -> Choice:
+        return choose(request.param if name == "auto" else name, parameters)
+
+    monkeypatch.setattr("tamegrad.torch.normalizer.choose", chosen)
+
 
 STRATEGIES = [Clip(1.0), ClipValue(0.5), Renormalize(), Clip(1.0, per="model"), Clip(1.0, per="tensor")]
 

@@ -123,8 +123,8 @@ class TestGradScaler:
         self, implementation: str, strategy: Any, loss_scale: float
     ) -> None:
         model = nn.Linear(3, 1, bias=False)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, **IMPLEMENTATIONS[implementation])  # type: ignore[arg-type]
-        scaler = torch.amp.GradScaler("cpu", init_scale=loss_scale)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, **IMPLEMENTATIONS[implementation])
+        scaler: Any = torch.amp.GradScaler("cpu", init_scale=loss_scale)
         normalizer = attach(model, optimizer, strategy)
         scaler.scale((model.weight * torch.tensor([0.5, -0.75, 1.0])).sum()).backward()
         scaler.step(optimizer)

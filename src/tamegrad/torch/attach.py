@@ -1,5 +1,6 @@
 """Normalizes right before an optimizer's step, whoever calls it."""
 
+import operator
 import sys
 import warnings
 from collections.abc import Sequence
@@ -139,7 +140,7 @@ class AttachedNormalizer(GradientNormalizer):
 
     def _plan_is_old(self) -> bool:
         held = _held_by(self._optimizer)
-        same = len(held) == len(self._held) and all(a is b for a, b in zip(held, self._held, strict=True))
+        same = len(held) == len(self._held) and all(map(operator.is_, held, self._held))
         return not same or super()._plan_is_old()
 
     def _before_step(

@@ -3,14 +3,15 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tamegrad.errors import SettingError
+from tamegrad.torch.kernels.memory import DTYPES, Located, Memory, locate
 
-__all__ = ["DTYPES", "Gradients", "collect"]
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
+__all__ = ["DTYPES", "Collector", "Gradients", "collect"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,72 @@ class Gradients:
             if changed[position]:
                 for parameter in parameters:
                     parameter.grad = gradient
+
+
+class Collector:
+    """Collects the gradients of one plan, step after step.
+
+    It keeps no gradient. Nor does it remember what gradients were like: `zero_grad` mostly makes every gradient a new
+    tensor, so asking has to be fast anyway, and what is asked anew cannot be out of date.
+
+    Args:
+        parameters: The parameters in the order of the plan.
+        names: Their names, for messages.
+        located: Whether to find out where in memory the gradients are, for a backend that works on addresses.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], names: Iterable[str], *, located: bool) -> None:
+        self._parameters = tuple(parameters)
+        self._names = tuple(names)
+        self._located = located
+        self._addresses = np.array([id(parameter) for parameter in parameters], dtype=np.int64)
+
+    def collect(self) -> Gradients:
+        """Collects the gradients that the parameters have now.
+
+        Returns:
+            The gradients.
+
+        Raises:
+            SettingError: If a gradient is of a kind that cannot be normalized; nothing was changed.
+        """
+        plain = self._collect_plain() if self._located else None
+        if plain is not None:
+            return Gradients(plain)
+        collected = collect(self._parameters, self._names)
+        if not self._located:
+            return collected
+        values = Located(collected.values)
+        values.memory = locate(values)
+        return Gradients(values, collected.copies)
+
+    def _collect_plain(self) -> Located | None:
+        """Returns the gradients if all are plain tensors on the CPU that share no memory, which one look can tell."""
+        # Numba takes a while to import, and another backend does not need it.
+        from tamegrad.torch.kernels import objects  # noqa: PLC0415
+
+        values, table = Located([None] * len(self._parameters)), np.empty((len(self._parameters), 3), dtype=np.int64)
+        if not objects.AVAILABLE or not objects.gather(self._addresses, values, table):
+            return None
+        if _shares_memory(table) or any(_is_lazy(gradient) for gradient in _may_be_lazy(values, table)):
+            return None
+        values.memory = Memory(table)
+        return values
+
+
+def _shares_memory(table: NDArray[np.int64]) -> bool:
+    addresses = np.sort(table[table[:, 1] > 0, 0])
+    return bool((addresses[1:] == addresses[:-1]).any())
+
+
+def _may_be_lazy(values: Sequence[Tensor | None], table: NDArray[np.int64]) -> list[Tensor]:
+    """Returns the gradients whose conjugation or negation may be put off.
+
+    Those are complex ones and, since `x.conj().imag` is the only way to a real one and leaves gaps in memory, single
+    values.
+    """
+    candidates = np.flatnonzero((table[:, 1] == 1) | (table[:, 2] >= DTYPES.index(torch.complex64)))
+    return [gradient for gradient in map(values.__getitem__, candidates.tolist()) if gradient is not None]
 
 
 def collect(parameters: Sequence[nn.Parameter], names: Iterable[str]) -> Gradients:
@@ -70,13 +137,18 @@ def collect(parameters: Sequence[nn.Parameter], names: Iterable[str]) -> Gradien
             merged = gradient.coalesce()
             collected.values[position] = merged.values()
             collected.copies[position] = merged, [parameter]
-        elif gradient.is_conj() or gradient.is_neg() or _overlaps_itself(gradient):
+        elif _is_lazy(gradient) or _overlaps_itself(gradient):
             dense = gradient.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
             collected.values[position] = dense
             collected.copies[position] = dense, [parameter]
         else:
             collected.values[position] = gradient
     return collected
+
+
+def _is_lazy(gradient: Tensor) -> bool:
+    """Says whether memory holds the conjugate or the negative of what the gradient means."""
+    return gradient.is_neg() or gradient.is_conj()
 
 
 def _overlaps_itself(gradient: Tensor) -> bool:

@@ -14,8 +14,8 @@ from tamegrad.policy import Overrides, as_policy
 from tamegrad.report import Report
 from tamegrad.strategies import GradientNormalization, OnNonfinite, check_on_nonfinite
 from tamegrad.torch.decide import Decision, Thresholds, decide
-from tamegrad.torch.gradients import Gradients, collect
-from tamegrad.torch.kernels import BACKENDS, BackendName, choose
+from tamegrad.torch.gradients import Collector, Gradients
+from tamegrad.torch.kernels import BACKENDS, BackendName, Choice, choose
 from tamegrad.torch.layers import ModelLayers, check_patterns, find_layers
 from tamegrad.torch.pairs import read_pairs
 from tamegrad.torch.watch import ModuleWatch
@@ -38,16 +38,17 @@ class GradientNormalizer:
         on_nonfinite: What happens to a group with NaN or infinity. `"keep"` leaves it as it is, `"zero"` makes it zero,
             and other groups are normalized as ever; `"skip"` leaves all groups as they are, `"raise"` raises. The last
             two read the device once a step.
-        backend: `"auto"`, or the backend to use.
+        backend: `"auto"`, which picks by the devices of the parameters; or the backend to use: `"cpu"` or `"eager"`.
 
     Attributes:
         plan: Every layer, its parameter types, its strategy.
-        backend: The backend that is used.
+        backend: The backend that is used, and why.
         report: What the last step did; None before the first.
         skipped_steps: How many steps were skipped so far because of non-finite gradients.
 
     Raises:
         SettingError: If a setting is unknown or there is no parameter to normalize.
+        MissingExtraError: If the backend that was asked for is not installed.
         UnmatchedError: If an override or a pattern of `layers` matches nothing; the message names the closest. When the
             model changes later, the plan follows and does not complain again.
 
@@ -75,10 +76,10 @@ class GradientNormalizer:
         backend: BackendName = "auto",
     ) -> None:
         check_on_nonfinite(on_nonfinite)
-        self.backend: str = choose(backend)
         self.report: Report[Tensor] | None = None
         self.skipped_steps = 0
         self._on_nonfinite = on_nonfinite
+        self._asked_backend = backend
         self._policy = as_policy(policy, overrides, "policy")
         self._merged = layers or ()
         self._only = None if parameters is None else list(parameters)
@@ -123,7 +124,7 @@ class GradientNormalizer:
         if self._plan_is_old():
             self._nonfinite_before += self._nonfinite_since()
             self._make_plan(find_layers(self._model, self._merged) if self._model is not None else self._whole)
-        gradients = collect(self._parameters, (parameter.name for parameter in self.plan.parameters))
+        gradients = self._collector.collect()
         self._warn_without_gradients(gradients)
         thresholds = self._thresholds if loss_scale is None else self._thresholds.times(loss_scale)
         table = self._kernels.measure(gradients.values, thresholds)
@@ -139,7 +140,7 @@ class GradientNormalizer:
         else:
             self._kernels.apply_(gradients.values, decision)
             self._write_back(gradients, decision)
-        self.report = _report(self.plan, decision, loss_scale, skipped=stopped)
+        self.report = _report(self._group_names, decision, loss_scale, skipped=stopped)
         return self.report
 
     def _make_plan(self, whole: ModelLayers) -> None:
@@ -147,14 +148,20 @@ class GradientNormalizer:
         self.plan: Plan = make_plan(chosen.layers, self._policy)
         self._whole = whole
         self._parameters = chosen.parameters
-        self._kernels = BACKENDS[self.backend](self.plan)
+        self._group_names = tuple(group.name for group in self.plan.groups)
+        self.backend: Choice = choose(self._asked_backend, chosen.parameters)
+        self._kernels = BACKENDS[self.backend.name](self.plan)
+        compiled = self.backend.name == "cpu"
+        names = (parameter.name for parameter in self.plan.parameters)
+        self._collector = Collector(self._parameters, names, located=compiled)
         self._thresholds: Thresholds = Thresholds.of(self.plan)
         self._nonfinite_counts: Tensor = torch.zeros(len(self.plan.groups), dtype=torch.int64)
-        self._watch = ModuleWatch(self._model) if self._model is not None else None
+        self._watch = ModuleWatch(self._model, compiled=compiled) if self._model is not None else None
 
     def _move_to(self, device: torch.device) -> None:
-        self._thresholds = self._thresholds.to(device)
-        self._nonfinite_counts = self._nonfinite_counts.to(device)
+        if device != self._nonfinite_counts.device:
+            self._thresholds = self._thresholds.to(device)
+            self._nonfinite_counts = self._nonfinite_counts.to(device)
 
     def _choose(self, whole: ModelLayers) -> ModelLayers:
         """Returns what of the model is normalized."""
@@ -246,13 +253,13 @@ def normalize_grad_(
     return normalizer.normalize_()
 
 
-def _report(plan: Plan, decision: Decision, loss_scale: Tensor | None, *, skipped: bool) -> Report[Tensor]:
+def _report(names: tuple[str, ...], decision: Decision, loss_scale: Tensor | None, *, skipped: bool) -> Report[Tensor]:
     norms, norms_after, total_norm = decision.norms, decision.norms_after, decision.total_norm
     if loss_scale is not None:
         factor = loss_scale.to(norms)
         norms, norms_after, total_norm = norms / factor, norms_after / factor, total_norm / factor
     return Report(
-        groups=tuple(group.name for group in plan.groups),
+        groups=names,
         norms=norms,
         scales=torch.ones_like(decision.scales) if skipped else decision.scales,
         norms_after=norms if skipped else norms_after,

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 __all__ = ["ModuleWatch"]
@@ -15,6 +16,7 @@ class ModuleWatch:
 
     Args:
         model: The model.
+        compiled: Whether compiled code may do it, which takes Numba.
 
     Example:
         >>> from torch import nn
@@ -25,7 +27,7 @@ class ModuleWatch:
         True
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, compiled: bool = False) -> None:
         self._tables: list[tuple[Mapping[str, Any], int]] = []
         self._entries: list[tuple[Mapping[str, Any], str, object]] = []
         for module in model.modules():
@@ -33,8 +35,20 @@ class ModuleWatch:
                 self._tables.append((table, len(table)))
                 self._entries += [(table, name, entry) for name, entry in table.items()]
 
+        self._compiled = compiled and all(isinstance(table, dict) for table, _ in self._tables)
+        self._table_ids = np.array([id(table) for table, _ in self._tables], dtype=np.int64)
+        self._sizes = np.array([size for _, size in self._tables], dtype=np.int64)
+        self._entry_ids = np.array([(id(name), id(entry)) for _, name, entry in self._entries], dtype=np.int64)
+
     def changed(self) -> bool:
         """Says whether a module or a parameter was added, replaced or taken away."""
+        if self._compiled:
+            # Numba takes a while to import, and another backend does not need it.
+            from tamegrad.torch.kernels import objects  # noqa: PLC0415
+
+            # Another string of the same letters, or another order, is looked at again.
+            if objects.unchanged(self._table_ids, self._sizes, self._entry_ids.reshape(-1, 2)):
+                return False
         return any(len(table) != size for table, size in self._tables) or any(
             table.get(name) is not entry for table, name, entry in self._entries
         )

@@ -1,18 +1,20 @@
 """The backends: what touches the big arrays. One file each, with a class `Kernels` of the same two methods."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
 from typing import Literal, Protocol, TypeAlias
 
 from torch import Tensor
 
-from tamegrad.errors import SettingError, quoted
+from tamegrad.errors import MissingExtraError, SettingError, quoted
 from tamegrad.groups import Plan
 from tamegrad.torch.decide import Decision, Thresholds
 from tamegrad.torch.kernels import eager
 
-__all__ = ["BACKENDS", "Backend", "BackendName", "choose"]
+__all__ = ["BACKENDS", "Backend", "BackendName", "Choice", "choose"]
 
-BackendName: TypeAlias = Literal["auto", "eager"]
+BackendName: TypeAlias = Literal["auto", "cpu", "eager"]
 
 
 class Backend(Protocol):
@@ -31,29 +33,94 @@ class Backend(Protocol):
         """Changes the gradients that were measured, in place, as was decided."""
 
 
-BACKENDS: dict[str, Callable[[Plan], Backend]] = {"eager": eager.Kernels}
+def _from_file(name: str) -> Callable[[Plan], Backend]:
+    """Returns the backend of a file whose imports take an extra, and are made when it is first used."""
+
+    def make(plan: Plan) -> Backend:
+        kernels: Backend = import_module(f"tamegrad.torch.kernels.{name}").Kernels(plan)
+        return kernels
+
+    return make
 
 
-def choose(name: str) -> str:
+BACKENDS: dict[str, Callable[[Plan], Backend]] = {"cpu": _from_file("cpu"), "eager": eager.Kernels}
+
+# What a backend needs beyond PyTorch: the extra and the library in it.
+_NEEDS = {"cpu": ("cpu", "Numba")}
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The backend that is used, and why.
+
+    Args:
+        name: A key of `BACKENDS`.
+        reason: Why.
+
+    Example:
+        >>> print(Choice("cpu", "all 148 parameters are on the CPU"))
+        cpu (all 148 parameters are on the CPU)
+    """
+
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.reason})"
+
+
+def choose(name: str, parameters: Iterable[Tensor]) -> Choice:
     """Returns the backend that a setting stands for.
 
     Args:
         name: A backend's name, or `"auto"`.
+        parameters: What is to be normalized.
 
     Returns:
-        A key of `BACKENDS`.
+        The choice.
 
     Raises:
         SettingError: If there is no such backend.
+        MissingExtraError: If what a backend needs that was asked for by name is not installed.
 
     Example:
-        >>> choose("auto")
-        'eager'
+        >>> print(choose("eager", []))
+        eager (as asked)
     """
     if name == "auto":
-        return "eager"
+        return _best_for(list(parameters))
     if name not in BACKENDS:
         raise SettingError(
             "backend", got=repr(name), allowed=quoted(["auto", *BACKENDS]), advice='"auto" takes the best there is'
         )
-    return name
+    problem = _problem_with(name)
+    if problem is not None:
+        extra, library = _NEEDS[name]
+        raise MissingExtraError(
+            f'backend="{name}"',
+            got=f"a Python in which {library} cannot be imported ({problem})",
+            allowed=f'{library}, or backend="eager", which needs nothing',
+            advice=f"pip install 'tamegrad[{extra}]'",
+        ) from problem
+    return Choice(name, "as asked")
+
+
+def _best_for(parameters: list[Tensor]) -> Choice:
+    devices = sorted({str(parameter.device) for parameter in parameters})
+    if devices != ["cpu"]:
+        return Choice("eager", f"the {len(parameters)} parameters are on {', '.join(devices) or 'no device'}")
+    where = "the only parameter is" if len(parameters) == 1 else f"all {len(parameters)} parameters are"
+    problem = _problem_with("cpu")
+    if problem is not None:
+        why = f"Numba cannot be imported: {problem}; pip install 'tamegrad[cpu]'"
+        return Choice("eager", f"{where} on the CPU, but {why}")
+    return Choice("cpu", f"{where} on the CPU")
+
+
+def _problem_with(name: str) -> ImportError | None:
+    """Returns why a backend cannot be imported, or None if it can."""
+    try:
+        import_module(f"tamegrad.torch.kernels.{name}")
+    except ImportError as error:
+        return error
+    return None

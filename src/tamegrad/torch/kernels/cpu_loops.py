@@ -1,0 +1,232 @@
+"""The compiled loops of the CPU backend: over chunks of gradients that are given by address.
+
+A chunk is a row `(position, start, length)`: the position of its gradient among the plan's parameters, and which of its
+real numbers; a complex number is a pair of them. Every loop runs over a slice from 0, because an index that starts
+elsewhere may be negative to Numba, which keeps it from using vector instructions.
+
+NumPy knows no bfloat16, and Numba no float16 on the CPU. Both are read as the 16-bit integers that hold their bits:
+`uint16` stands for bfloat16 and `int16` for float16.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+from numba import carray
+from numba.extending import overload
+from numpy.typing import NDArray
+
+from tamegrad.torch.decide import (
+    BIG_ABOVE,
+    BIG_FACTOR,
+    SMALL_BELOW,
+    SMALL_FACTOR,
+)
+from tamegrad.torch.kernels.jit import Entry, half_to_single, inlined, pointer_to, reordered, single_to_half
+
+__all__ = ["add_up", "change_chunks", "measure_chunks"]
+
+# Sums are taken in blocks, so that the rounding errors of a long sum stay small.
+BLOCK = 4096
+# A sum of squares between these has lost nothing that counts: no square was infinite, and no chunk is so long that
+# squares under the smallest normal number add up to anything beside it.
+SAFE_ABOVE, SAFE_BELOW = 2.0**-900, 2.0**972
+
+
+def widened(value: Any) -> Any:
+    """Returns the value that bits stand for, as float64. Only for compiled code."""
+    raise NotImplementedError
+
+
+def narrowed(value: Any, like: Any) -> Any:
+    """Returns the bits of a float64 in the dtype of an array's values. Only for compiled code."""
+    raise NotImplementedError
+
+
+def _from_bfloat16(value: Any) -> Any:
+    return np.float64(np.uint32(np.uint32(value) << 16).view(np.float32))
+
+
+def _from_float16(value: Any) -> Any:
+    return np.float64(half_to_single(value))
+
+
+def _from_float(value: Any) -> Any:
+    return np.float64(value)
+
+
+def _to_bfloat16(value: Any, like: Any) -> Any:
+    word = np.float32(value).view(np.uint32)
+    return np.uint16(np.uint32(word + 0x7FFF + ((word >> 16) & 1)) >> 16)
+
+
+def _to_float16(value: Any, like: Any) -> Any:
+    return single_to_half(np.float32(value))
+
+
+def _to_float32(value: Any, like: Any) -> Any:
+    return np.float32(value)
+
+
+def _to_float64(value: Any, like: Any) -> Any:
+    return value
+
+
+@overload(widened)  # type: ignore[untyped-decorator]
+def _widened(value: Any) -> Any:
+    return {"uint16": _from_bfloat16, "int16": _from_float16}.get(value.name, _from_float)
+
+
+@overload(narrowed)  # type: ignore[untyped-decorator]
+def _narrowed(value: Any, like: Any) -> Any:
+    del value
+    roundings = {"uint16": _to_bfloat16, "int16": _to_float16, "float32": _to_float32}
+    return roundings.get(like.dtype.name, _to_float64)
+
+
+@reordered
+def _sum_of_squares(values: Any) -> Any:
+    total = 0.0
+    for index in range(values.size):
+        wide = widened(values[index])
+        total += wide * wide
+    return total
+
+
+@inlined
+def _plain_sum(values: Any) -> Any:
+    total = 0.0
+    for start in range(0, values.size, BLOCK):
+        total += _sum_of_squares(values[start : start + BLOCK])
+    return total
+
+
+@inlined
+def _add_square(magnitude: Any, sums: Any) -> None:
+    """Adds a square to the sum of its range; NaN counts as middle, infinity as big."""
+    if magnitude < SMALL_BELOW:
+        sums[0] += (magnitude * SMALL_FACTOR) ** 2
+    elif magnitude > BIG_ABOVE:
+        sums[2] += (magnitude * BIG_FACTOR) ** 2
+    else:
+        sums[1] += magnitude * magnitude
+
+
+@inlined
+def _measure_slowly(values: Any, row: Any) -> None:
+    """Sums squares in three ranges, and counts NaN, +inf and -inf."""
+    for index in range(values.size):
+        wide = widened(values[index])
+        _add_square(abs(wide), row[0:3])
+        if math.isnan(wide):
+            row[3] += 1.0
+        elif math.isinf(wide):
+            row[4 if wide > 0.0 else 5] += 1.0
+
+
+@reordered
+def _measure_cut_quickly(values: Any, limit: Any) -> Any:
+    """Sums the squares of real numbers that are cut at a limit, and counts those that are."""
+    total, cut = 0.0, 0
+    for index in range(values.size):
+        magnitude = abs(widened(values[index]))
+        cut += magnitude > limit
+        kept = min(magnitude, limit)
+        total += kept * kept
+    return total, cut
+
+
+@inlined
+def _measure_cut_slowly(values: Any, limit: Any, row: Any, pairs: Any) -> None:
+    """Does the same in three ranges, and for complex numbers, whose magnitude is cut."""
+    row[6:10] = 0.0
+    step = 2 if pairs else 1
+    for index in range(0, values.size, step):
+        magnitude = abs(widened(values[index]))
+        if pairs:
+            magnitude = math.hypot(magnitude, widened(values[index + 1]))
+        row[9] += magnitude > limit
+        _add_square(min(magnitude, limit), row[6:9])
+
+
+@inlined
+def _measure(values: Any, limit: Any, pairs: Any, row: Any) -> None:
+    row[:] = 0.0
+    total = _plain_sum(values)
+    if SAFE_ABOVE < total < SAFE_BELOW:
+        row[1] = total
+    else:
+        _measure_slowly(values, row)
+    if limit == np.inf:
+        return
+    if not pairs:
+        for start in range(0, values.size, BLOCK):
+            after, cut = _measure_cut_quickly(values[start : start + BLOCK], limit)
+            row[7] += after
+            row[9] += cut
+    if pairs or not SAFE_ABOVE < row[7] < SAFE_BELOW:
+        _measure_cut_slowly(values, limit, row, pairs)
+
+
+def _measure_chunks(
+    chunks: Any, addresses: Any, limits: Any, pairs: Any, first: Any, last: Any, like: Any, rows: Any
+) -> None:
+    for index in range(first, last):
+        position, start, length = chunks[index]
+        values = carray(pointer_to(addresses[position] + start * like.itemsize, like), length)
+        _measure(values, limits[position], pairs, rows[index])
+
+
+def _add_up(chunks: Any, rows: Any, group_of: Any, table: Any) -> None:
+    for index in range(chunks.shape[0]):
+        group = group_of[chunks[index, 0]]
+        for column in range(rows.shape[1]):
+            table[group, column] += rows[index, column]
+
+
+@inlined
+def _scale(values: Any, first: Any, second: Any) -> None:
+    for index in range(values.size):
+        values[index] = narrowed(widened(values[index]) * first * second, values)
+
+
+@inlined
+def _cut(values: Any, first: Any, second: Any, limit: Any) -> None:
+    for index in range(values.size):
+        wide = widened(values[index]) * first * second
+        values[index] = narrowed(min(max(wide, -limit), limit), values)
+
+
+@inlined
+def _cut_pairs(values: Any, first: Any, second: Any, limit: Any) -> None:
+    for index in range(0, values.size, 2):
+        real, imaginary = widened(values[index]) * first * second, widened(values[index + 1]) * first * second
+        magnitude = math.hypot(real, imaginary)
+        if magnitude > limit:
+            real, imaginary = real / magnitude * limit, imaginary / magnitude * limit
+        values[index] = narrowed(real, values)
+        values[index + 1] = narrowed(imaginary, values)
+
+
+def _change_chunks(
+    chunks: Any, addresses: Any, group_of: Any, factors: Any, pairs: Any, first: Any, last: Any, like: Any
+) -> None:
+    for index in range(first, last):
+        position, start, length = chunks[index]
+        values = carray(pointer_to(addresses[position] + start * like.itemsize, like), length)
+        one, two, limit, zeroed = factors[group_of[position]]
+        if zeroed:
+            values[:] = 0
+        elif limit == np.inf:
+            _scale(values, one, two)
+        elif pairs:
+            _cut_pairs(values, one, two, limit)
+        else:
+            _cut(values, one, two, limit)
+
+
+Table = NDArray[Any]
+
+measure_chunks = Entry(_measure_chunks, nogil=True)
+add_up = Entry(_add_up, nogil=True)
+change_chunks = Entry(_change_chunks, nogil=True)

@@ -1,0 +1,150 @@
+"""What all compiled code shares: the compiler with its cache on disk, and access to memory by address.
+
+The only file that knows Numba's decorators, which have no types; everything it gives to others has.
+"""
+
+import logging
+import platform
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import llvmlite.binding
+import numba
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+
+__all__ = ["Entry", "call", "inlined", "load", "pointer_to", "reordered"]
+
+FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
+
+_log = logging.getLogger("tamegrad")
+
+
+def inlined(function: FunctionT) -> FunctionT:
+    """Makes a function that compiled code may call."""
+    return cast("FunctionT", numba.njit(nogil=True, error_model="numpy")(function))
+
+
+def reordered(function: FunctionT) -> FunctionT:
+    """Makes a function that compiled code may call, whose sums are taken in any order: what vector instructions need.
+
+    Nothing else is given up that would change a result: NaN and infinities keep their meaning.
+    """
+    return cast("FunctionT", numba.njit(nogil=True, error_model="numpy", fastmath={"reassoc", "contract"})(function))
+
+
+class Entry:
+    """A compiled function that Python calls; compiled when it is first needed, or read from the disk.
+
+    Args:
+        function: What to compile.
+        nogil: Whether it runs beside other threads of Python; without, it may touch Python's objects.
+    """
+
+    def __init__(self, function: Callable[..., Any], *, nogil: bool) -> None:
+        self._dispatcher: Any = numba.njit(nogil=nogil, error_model="numpy")(function)
+        self._ready: set[object] = set()
+        try:
+            self._dispatcher.enable_caching()
+        except RuntimeError as error:
+            # Numba found no folder that it can write to: all works, and every process compiles anew.
+            _log.info("compiled code is not kept on disk: %s", error)
+
+    def __call__(self, *args: object) -> Any:
+        """Runs it."""
+        if not self._ready:
+            self.prepare(None, *args)
+        return self._dispatcher(*args)
+
+    def prepare(self, variant: object, *args: object) -> None:
+        """Compiles it for the types of some arguments, or reads what another process compiled.
+
+        How long compiling took is said once, on the logger `tamegrad`.
+
+        Args:
+            variant: What the types of the arguments depend on.
+            *args: The arguments.
+        """
+        if variant in self._ready:
+            return
+        self._ready.add(variant)
+        before, start = self.compilations, time.perf_counter()
+        self._dispatcher.compile(tuple(numba.typeof(argument) for argument in args))
+        if self.compilations > before:
+            _log.info(
+                "compiled %s in %.1f s; the next process finds it in %s",
+                self._dispatcher.__name__,
+                time.perf_counter() - start,
+                self._dispatcher.stats.cache_path,
+            )
+
+    @property
+    def compilations(self) -> int:
+        """How often this process had to compile it, because the disk did not have it."""
+        return sum(self._dispatcher.stats.cache_misses.values())
+
+
+_WORD, _HALF_WORD = ir.IntType(64), ir.IntType(16)
+
+# Without such instructions LLVM would call functions that may not be there.
+CONVERTS_FLOAT16: bool = platform.machine().lower() in {"arm64", "aarch64"} or bool(
+    llvmlite.binding.get_host_cpu_features().get("f16c")
+)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def half_to_single(_: Any, bits: Any) -> Any:
+    """Returns the float16 that 16 bits stand for as float32; only where `CONVERTS_FLOAT16`."""
+
+    def generate(_: Any, builder: Any, __: Any, args: Any) -> Any:
+        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(bits), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def single_to_half(_: Any, value: Any) -> Any:
+    """Rounds a float32 to float16 and returns its bits; only where `CONVERTS_FLOAT16`."""
+
+    def generate(_: Any, builder: Any, __: Any, args: Any) -> Any:
+        return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), _HALF_WORD)
+
+    return types.int16(value), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def load(_: Any, address: Any) -> Any:
+    """Reads the 64-bit integer at an address."""
+
+    def generate(_: Any, builder: Any, __: Any, args: Any) -> Any:
+        return builder.load(builder.inttoptr(args[0], _WORD.as_pointer()))
+
+    return types.int64(address), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def call(_: Any, address: Any, arguments: Any) -> Any:
+    """Calls a C function at an address with a tuple of 64-bit integers or pointers; returns a 64-bit integer.
+
+    Of a C `int` only the lower half counts: `np.int32(call(...))`.
+    """
+
+    def generate(_: Any, builder: Any, __: Any, args: Any) -> Any:
+        words = [builder.extract_value(args[1], index) for index in range(len(arguments))]
+        function = ir.FunctionType(_WORD, [_WORD] * len(words))
+        return builder.call(builder.inttoptr(args[0], function.as_pointer()), words)
+
+    return types.int64(address, arguments), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def pointer_to(_: Any, address: Any, like: Any) -> Any:
+    """Returns an address as a pointer to values of an array's dtype, for `numba.carray`."""
+    pointer: Any = types.CPointer(like.dtype)  # type: ignore[attr-defined]  # mypy reads another `types`
+
+    def generate(context: Any, builder: Any, _: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(pointer))
+
+    return pointer(address, like), generate

@@ -1,0 +1,287 @@
+"""The CPU backend where it can go wrong: bounds, threads, memory that is not its own, and a Python without Numba."""
+
+import ctypes
+import logging
+import mmap
+import os
+import subprocess
+import sys
+import weakref
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tamegrad import Clip, ClipValue, Keep, MissingExtraError, Renormalize
+from tamegrad.torch import GradientNormalizer, normalize_grad_
+from tamegrad.torch.gradients import DTYPES, Collector
+from tamegrad.torch.kernels import choose, cpu, objects
+
+LENGTHS = (0, 1, 2, 63, 64, 65, 1000, 4095, 4097, cpu.CHUNK - 1, cpu.CHUNK, cpu.CHUNK + 1, 3 * cpu.CHUNK + 7)
+STRATEGIES = [Clip(1.0), Clip(1.0, per="tensor"), ClipValue(0.5), Renormalize(per="model")]
+
+
+def model_with(gradients: list[Tensor]) -> Any:
+    model = nn.Module()
+    for index, gradient in enumerate(gradients):
+        parameter = nn.Parameter(torch.zeros_like(gradient))
+        parameter.grad = gradient
+        model.register_parameter(f"p{index}", parameter)
+    return model
+
+
+def random_gradients(lengths: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    return [torch.randn(length, generator=generator, dtype=wide).to(dtype) for length in lengths]
+
+
+@pytest.fixture(autouse=True)
+def _restore_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
+def test_any_number_of_threads_gives_the_same_bits(strategy: Any, dtype: torch.dtype) -> None:
+    results = []
+    for threads in (1, 2, 3, 4):
+        torch.set_num_threads(threads)
+        gradients = random_gradients((*LENGTHS, *[5] * 300, 20 * cpu.CHUNK + 1), dtype)
+        report = normalize_grad_(model_with(gradients), strategy, backend="cpu")
+        results.append((report.norms, report.norms_after, report.total_norm, *gradients))
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
+def test_lengths_around_every_bound_give_what_eager_gives(strategy: Any, dtype: torch.dtype) -> None:
+    compiled, eager = (model_with(random_gradients(LENGTHS, dtype)) for _ in range(2))
+    report = normalize_grad_(compiled, strategy, backend="cpu")
+    expected = normalize_grad_(eager, strategy, backend="eager")
+    torch.testing.assert_close(report.norms, expected.norms, rtol=1e-13, atol=0)
+    torch.testing.assert_close(report.norms_after, expected.norms_after, rtol=1e-13, atol=0)
+    assert report.clipped.equal(expected.clipped)
+    tolerance = 4 * torch.finfo(dtype).eps
+    for parameter, other in zip(compiled.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, other.grad, rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_16_bit_value_is_read_and_rounded_as_torch_does(dtype: torch.dtype) -> None:
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    finite = every[every.isfinite()]
+    one_each = [value.reshape(1).clone() for value in finite[:: 97 if dtype == torch.bfloat16 else 61]]
+    report = normalize_grad_(model_with(one_each), Clip(float("inf"), per="tensor"), backend="cpu")
+    assert report.norms.equal(torch.cat(one_each).double().abs())
+    compiled, eager = finite.clone(), finite.clone()
+    strategy = Clip(finite.double().norm().item() / 3)
+    normalize_grad_(model_with([compiled]), strategy, backend="cpu")
+    normalize_grad_(model_with([eager]), strategy, backend="eager")
+    assert compiled.view(torch.int16).equal(eager.view(torch.int16))
+    counts = normalize_grad_(model_with([every.clone()]), Keep(), backend="cpu").nonfinite
+    assert counts.tolist() == [(~every.isfinite()).sum().item()]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
+@pytest.mark.parametrize("length", [1, 65, cpu.CHUNK + 1])
+def test_nothing_around_a_gradient_is_read_or_written(strategy: Any, dtype: torch.dtype, length: int) -> None:
+    around = torch.full((length + 64,), torch.nan, dtype=dtype)
+    gradient = around[32 : 32 + length]
+    gradient.fill_(2.0)
+    report = normalize_grad_(model_with([gradient]), strategy, backend="cpu")
+    assert report.nonfinite.tolist() == [0]
+    assert gradient.isfinite().all()
+    assert around[:32].isnan().all()
+    assert around[32 + length :].isnan().all()
+
+
+def test_a_group_that_keeps_its_values_is_not_written() -> None:
+    # A write to these pages would end the process.
+    pages = mmap.mmap(-1, 16 * mmap.PAGESIZE)
+    kept = torch.frombuffer(pages, dtype=torch.float32)
+    kept.fill_(0.001)
+    address, read_only = kept.data_ptr(), 1
+    protect = ctypes.CDLL(None, use_errno=True).mprotect
+    protect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    assert protect(address, len(pages), read_only) == 0
+    clipped = torch.full((100,), 3.0)
+    report = normalize_grad_(model_with([kept, clipped]), Clip(1.0, per="tensor"), backend="cpu")
+    assert report.clipped.tolist() == [False, True]
+    assert clipped.norm().item() == pytest.approx(1.0)
+
+
+def test_the_chunks_of_a_tensor_past_2_to_the_31_cover_it_once() -> None:
+    count = 3 * 2**31 + 5
+    sizes = np.array([[7, 2], [count, 4], [0, 2], [0, -1]], dtype=np.int64)
+    chunks, kinds = cpu.cut_into_chunks(sizes)
+    assert chunks[0].tolist() == [0, 0, 7]
+    long = chunks[kinds == 4]
+    assert (long[1:, 1] == long[:-1, 1] + long[:-1, 2]).all()
+    assert (long[0, 1], long[-1, 1] + long[-1, 2], long[:, 2].max()) == (0, 2 * count, cpu.CHUNK)
+    assert len(chunks) == len(long) + 1
+
+
+def test_addresses_past_2_to_the_31_are_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Nothing but the touched pages of this take memory.
+    huge = torch.from_numpy(np.zeros(2**31 + 100, dtype=np.int16)).view(torch.bfloat16)
+    huge[-1], huge[3] = 3.0, 4.0
+
+    def only_the_ends(sizes: Any) -> Any:
+        chunks, kinds = cut(sizes)
+        return (chunks[[0, -1]], kinds[[0, -1]]) if len(chunks) else (chunks, kinds)
+
+    cut = cpu.cut_into_chunks
+    monkeypatch.setattr(cpu, "cut_into_chunks", only_the_ends)
+    parameter = nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
+    parameter.data = huge
+    parameter.grad = huge
+    report = normalize_grad_([("p", parameter)], Clip(1.0), backend="cpu")
+    assert report.norms.tolist() == [5.0]
+    assert (huge[-1].item(), huge[3].item()) == pytest.approx((0.6, 0.8), rel=1e-2)
+
+
+def test_several_threads_may_normalize_at_once() -> None:
+    def normalized(seed: int) -> Tensor:
+        gradient = torch.randn(20 * cpu.CHUNK, generator=torch.Generator().manual_seed(seed))
+        normalizer = GradientNormalizer(model_with([gradient]), Clip(1.0), backend="cpu")
+        for _ in range(5):
+            gradient.mul_(3.0)
+            normalizer.normalize_()
+        return gradient
+
+    alone = [normalized(seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        assert all(map(torch.equal, alone, pool.map(normalized, range(4))))
+
+
+def test_a_forked_process_starts_threads_of_its_own() -> None:
+    code = """
+import os, torch
+from tamegrad import Clip
+from tamegrad.torch import GradientNormalizer
+torch.set_num_threads(2)
+parameter = torch.nn.Parameter(torch.zeros(2_000_000))
+parameter.grad = torch.ones(2_000_000)
+normalizer = GradientNormalizer([("p", parameter)], Clip(1e9), backend="cpu")
+before = normalizer.normalize_().norms.item()
+child = os.fork()
+if child == 0:
+    os._exit(0 if normalizer.normalize_().norms.item() == before else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    # PyTorch's own threads do not survive a fork: the child makes no large tensor.
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.split() == ["0"]
+
+
+LOG_OF_A_STEP = """
+import logging, torch
+logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+logging.getLogger("numba").setLevel(logging.ERROR)
+from tamegrad import Clip
+from tamegrad.torch import GradientNormalizer
+parameter = torch.nn.Parameter(torch.zeros(2))
+parameter.grad = torch.tensor([3.0, 4.0])
+normalizer = GradientNormalizer([("p", parameter)], Clip(1.0))
+normalizer.normalize_()
+normalizer.normalize_()
+print(normalizer.backend, parameter.grad.tolist(), sep="|")
+"""
+
+
+def a_process(code: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=240,
+        env={**os.environ, **environment},
+    )
+
+
+def test_the_second_process_finds_what_the_first_compiled(tmp_path: Path) -> None:
+    first, second = (a_process(LOG_OF_A_STEP, NUMBA_CACHE_DIR=str(tmp_path)) for _ in range(2))
+    assert first.stdout == second.stdout
+    said = [line for line in first.stderr.splitlines() if line.startswith("tamegrad: compiled ")]
+    assert len(said) == len(set(said)) >= 3
+    assert all(f"; the next process finds it in {tmp_path}" in line for line in said)
+    assert "tamegrad" not in second.stderr
+
+
+def test_without_numba_it_works_on_and_says_so() -> None:
+    done = a_process("import sys; sys.modules['numba'] = None\n" + LOG_OF_A_STEP)
+    backend, gradient = done.stdout.strip().split("|")
+    assert backend.startswith("eager (the only parameter is on the CPU, but Numba cannot be imported: ")
+    assert backend.endswith("; pip install 'tamegrad[cpu]')")
+    assert [round(value, 6) for value in eval(gradient)] == [0.6, 0.8]  # noqa: S307  what the test printed
+
+
+def test_numba_is_not_imported_before_it_is_needed() -> None:
+    assert a_process("import sys, tamegrad.torch; print('numba' in sys.modules)").stdout.strip() == "False"
+
+
+def test_a_backend_asked_for_by_name_that_cannot_run_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tamegrad.torch.kernels.cpu", None)
+    message = r'^backend="cpu": got a Python in which Numba .*; allowed: .*; next: pip install \'tamegrad\[cpu\]\'$'
+    with pytest.raises(MissingExtraError, match=message):
+        normalize_grad_(model_with([torch.ones(2)]), Clip(1.0), backend="cpu")
+
+
+def test_auto_says_what_it_took_and_why() -> None:
+    normalizer = GradientNormalizer(model_with([torch.ones(2), torch.ones(3)]), Clip(1.0))
+    assert str(normalizer.backend) == "cpu (all 2 parameters are on the CPU)"
+    assert str(choose("cpu", [])) == "cpu (as asked)"
+    elsewhere = [torch.empty(2), torch.empty(2, device="meta")]
+    assert str(choose("auto", elsewhere)) == "eager (the 2 parameters are on cpu, meta)"
+
+
+def test_what_is_found_in_memory_does_not_depend_on_how_it_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    gradients = [
+        torch.randn(3, 4),
+        torch.randn(3, 4).t(),
+        torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+        torch.randn(2, 3, dtype=torch.complex64),
+        torch.randn(0, 3).half(),
+        torch.tensor(1.0).bfloat16(),
+        torch.randn(4, 1, 3)[:, :, :].double(),
+    ]
+    model = model_with(gradients)
+    model.p0.grad = None
+    names = [name for name, _ in model.named_parameters()]
+    collector = Collector(list(model.parameters()), names, located=True)
+    assert hasattr(Tensor, "__dlpack_c_exchange_api__") == objects.AVAILABLE
+    quick: Any = collector.collect().values
+    monkeypatch.setattr(objects, "AVAILABLE", False)
+    slow: Any = collector.collect().values
+    assert all(a is b for a, b in zip(quick, slow, strict=True))
+    assert quick.memory.table.tolist() == slow.memory.table.tolist()
+    assert not quick.memory.stand_ins
+    assert not slow.memory.stand_ins
+
+
+def test_no_gradient_is_kept_alive() -> None:
+    model = model_with([torch.ones(1000), torch.ones(20, 10)[:, ::2]])
+    normalizer = GradientNormalizer(model, Clip(1.0), backend="cpu")
+    normalizer.normalize_()
+    references = [weakref.ref(parameter.grad) for parameter in model.parameters()]
+    model.zero_grad(set_to_none=True)
+    assert [reference() for reference in references] == [None, None]
+
+
+def test_says_nothing_on_the_log_when_nothing_was_compiled(caplog: pytest.LogCaptureFixture) -> None:
+    normalizer = GradientNormalizer(model_with([torch.ones(2)]), Clip(1.0), backend="cpu")
+    normalizer.normalize_()
+    with caplog.at_level(logging.INFO, logger="tamegrad"):
+        normalizer.normalize_()
+    assert caplog.records == []
