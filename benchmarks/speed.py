@@ -67,9 +67,12 @@ def measure(*, quick: bool) -> Results:
 
 def contract_is_green() -> bool:
     """Runs the contract suite, in a process of its own."""
-    print("running the contract suite", file=sys.stderr)
+    print("running the contract suite, which takes a minute or two", file=sys.stderr)
     command = [sys.executable, "-m", "pytest", "--quiet", "-p", "no:cacheprovider", str(CONTRACT)]
-    return subprocess.run(command, cwd=ROOT, check=False, stdout=sys.stderr).returncode == 0  # noqa: S603  our own
+    done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)  # noqa: S603  our own tests
+    if done.returncode != 0:
+        print(done.stdout, done.stderr, file=sys.stderr)
+    return done.returncode == 0
 
 
 def provenance() -> str:

@@ -104,7 +104,7 @@ def time_tools(listed: Sequence[Tool], seconds: float) -> Times:
         while len(rounds) < least or (len(rounds) < MOST_ROUNDS and time.perf_counter() < end):
             before = rounds[0] if rounds else [0.0] * len(listed)
             rounds.append(
-                [_time(tool) if took < SLOW_SECONDS else np.nan for tool, took in zip(listed, before, strict=True)]
+                [_time(tool) if took <= SLOW_SECONDS else np.nan for tool, took in zip(listed, before, strict=True)]
             )
     finally:
         gc.enable()
