@@ -14,7 +14,7 @@ test: .venv/test
 test-long: .venv/test  ## the property tests with 20,000 examples
 	$(BIN)/python -m pytest tests/contract/test_properties.py --hypothesis-profile=long --hypothesis-show-statistics
 
-bench: .venv/bench  ## tamegrad's speed beside other tools', about four minutes; refuses if the contract suite is red
+bench: .venv/bench  ## tamegrad's speed beside other tools', about five minutes; refuses if the contract suite is red
 	$(BIN)/python benchmarks/speed.py --write docs/speed.md
 
 lint: .venv/test

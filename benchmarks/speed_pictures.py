@@ -8,6 +8,7 @@ import matplotlib as mpl  # type: ignore[import-not-found, unused-ignore]  # not
 from matplotlib.axes import Axes  # type: ignore[import-not-found, unused-ignore]  # not where types are checked
 from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]  # not where types are checked
 from speed_measure import Growth, Measured, Times
+from speed_tools import WRITE
 
 __all__ = ["draw"]
 
@@ -62,7 +63,7 @@ def _bars(axes: Axes, name: str, times: Times, floor: str) -> None:
     bars = axes.barh(labels, ratios, color=colours)
     axes.bar_label(bars, [f"{ratio:.1f}" for ratio in ratios], padding=3)
     axes.set_xscale("log")
-    axes.set_xlim(right=max(*ratios, 1.0) * 2)
+    axes.set_xlim(min(*ratios, 1.0) / 3, max(*ratios, 1.0) * 3)
     axes.axvline(1.0, color=_FLOOR)
     axes.invert_yaxis()
     axes.set_title(name)
@@ -72,10 +73,18 @@ def _lines(axes: Axes, growth: Growth) -> None:
     names = dict.fromkeys(tool.name for times in growth.times.values() for tool in times.tools)
     for name in names:
         points = [(count, 1e3 * times.median(name)) for count, times in growth.times.items() if name in times]
-        colour = _FLOOR if name.startswith("floor") else None
-        line = "-" if name.startswith("tamegrad") else ":"
+        floor = name.startswith("floor")
+        line = "-" if name.startswith("tamegrad") else "--" if floor else ":"
         counts, times = zip(*points, strict=True)
-        axes.plot(counts, times, line, color=colour, marker="o", markersize=3, label=name.replace("`", ""))
+        axes.plot(
+            counts,
+            times,
+            line,
+            color="black" if floor else None,
+            marker="x" if name == WRITE else "o",
+            markersize=3,
+            label=name.replace("`", ""),
+        )
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("layers of Linear(64, 64), nothing clipped")

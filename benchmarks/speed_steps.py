@@ -74,7 +74,7 @@ def measure_shares(*, quick: bool) -> list[Share]:
     batch = torch.randint(words, (8, length), generator=generator)
     recurrent = f"2-layer LSTM of {width}, 8 sequences of {length} words"
     transformer = f"transformer of 4 blocks of {narrow}, 8 sequences of {length} words"
-    rounds = 1 if quick else 7
+    rounds = 1 if quick else 3
     return [
         *_measure(transformer, _Transformer(narrow, 4, words), batch, rounds),
         *_measure(recurrent, _Recurrent(width, words), batch, rounds),

@@ -152,8 +152,8 @@ class _Jitted:
     def refill(self) -> None:
         self._fresh = self._wait(self._copy(self._saved))
 
-    def run(self, threshold: float) -> None:
-        self._wait(self._clip(self._fresh, threshold))
+    def run(self, threshold: float) -> object:
+        return self._wait(self._clip(self._fresh, threshold))
 
 
 # What was compiled last, for compiling takes longer than all timing.

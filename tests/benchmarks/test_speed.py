@@ -53,6 +53,19 @@ def test_every_tool_clips_everything_or_nothing(threshold: float, *, clips: bool
                 assert (not parameter.grad.equal(before)) == clips, tool.name
 
 
+@pytest.mark.skipif(bool({"optax", "jax"} & set(timed.left_out())), reason="optax is not installed")
+def test_optax_clips_too() -> None:
+    subject = models.Subject(models.linears(3, 4))
+    for threshold, clips in ((timed.HUGE, False), (timed.TINY, True)):
+        (tool,) = [tool for tool in timed.tools(subject, threshold) if tool.name.startswith("optax")]
+        for _ in range(2):
+            tool.refill()
+            values = np.concatenate([np.ravel(array) for array in tool.run()])
+            before = np.concatenate([view.numpy().ravel() for view in subject.views])
+            assert np.array_equal(values, before) != clips
+            assert np.linalg.norm(values) == pytest.approx(timed.TINY if clips else np.linalg.norm(before))
+
+
 def test_the_quick_run_shows_every_tool_on_every_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
