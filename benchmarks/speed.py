@@ -7,6 +7,7 @@ smartclip are left out, and the output says so, where they are not installed.
 
 import argparse
 import datetime as dt
+import importlib.util
 import os
 import platform
 import subprocess
@@ -112,6 +113,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--write", metavar="FILE", type=Path, help="also write the page of the documentation")
     parser.add_argument("--quick", action="store_true", help="tiny models and one round; the numbers mean nothing")
     options = parser.parse_args(arguments)
+    if options.write is not None and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--write draws pictures, and matplotlib is not installed: pip install matplotlib")
     if not contract_is_green():
         print(
             "The contract suite is red: nothing is reported. Mend what it names, then run this again.", file=sys.stderr
