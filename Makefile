@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: run test test-long lint types clean
+.PHONY: run test test-long bench lint types clean
 
 run: .venv/run  ## the main job: one network under every strategy
 	$(BIN)/tamegrad compare
@@ -13,6 +13,9 @@ test: .venv/test
 
 test-long: .venv/test  ## the property tests with 20,000 examples
 	$(BIN)/python -m pytest tests/contract/test_properties.py --hypothesis-profile=long --hypothesis-show-statistics
+
+bench: .venv/bench  ## tamegrad's speed beside other tools', about five minutes; refuses if the contract suite is red
+	$(BIN)/python benchmarks/speed.py --write docs/speed.md
 
 lint: .venv/test
 	$(BIN)/ruff check .
@@ -34,4 +37,8 @@ clean:
 
 .venv/test: .venv/bin/python pyproject.toml constraints.txt
 	$(PIP) --editable '.[torch,cpu,study,test]'
+	touch $@
+
+.venv/bench: .venv/bin/python pyproject.toml constraints.txt
+	$(PIP) --editable '.[torch,cpu,bench,test]'
 	touch $@

@@ -1,0 +1,141 @@
+"""Times tamegrad beside the clipping of other libraries, in one run, on the shapes of real models.
+
+Run `make bench`, or `python benchmarks/speed.py`; with `--write FILE` it writes the page of the documentation and its
+pictures. It first runs the contract suite and reports nothing if that is red: what is wrong need not be fast. optax and
+smartclip are left out, and the output says so, where they are not installed.
+"""
+
+import argparse
+import datetime as dt
+import importlib.util
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from speed_measure import Growth, Measured, measure_case, measure_growth
+from speed_models import cases
+from speed_page import page, tables
+from speed_steps import Share, measure_shares
+from speed_tools import left_out, versions
+
+__all__ = ["CONTRACT", "Results", "main", "measure"]
+
+ROOT = Path(__file__).parents[1]
+# What must be green before anything is reported.
+CONTRACT = ROOT / "tests" / "contract"
+GROWTH = (10, 100, 1000, 10_000)
+CASE_SECONDS, GROWTH_SECONDS = 5.0, 3.0
+
+
+@dataclass(frozen=True)
+class Results:
+    """What was measured.
+
+    Args:
+        measured: On each model.
+        growth: With growing numbers of layers.
+        shares: Of training steps.
+    """
+
+    measured: list[Measured]
+    growth: Growth
+    shares: list[Share]
+
+
+def measure(*, quick: bool) -> Results:
+    """Measures everything.
+
+    Args:
+        quick: Whether to take tiny models and one round: a test that it runs, whose numbers mean nothing.
+
+    Returns:
+        What was measured.
+    """
+    measured = []
+    for case in cases(quick=quick):
+        print(f"timing {case.name}", file=sys.stderr)
+        measured.append(measure_case(case, 0.0 if quick else CASE_SECONDS))
+    print("timing growing numbers of layers, and training steps", file=sys.stderr)
+    known = {} if quick else {1000: measured[2].nothing}
+    growth = measure_growth((1, 2) if quick else GROWTH, 0.0 if quick else GROWTH_SECONDS, known)
+    return Results(measured, growth, measure_shares(quick=quick))
+
+
+def contract_is_green() -> bool:
+    """Runs the contract suite, in a process of its own."""
+    print("running the contract suite, which takes a minute or two", file=sys.stderr)
+    command = [sys.executable, "-m", "pytest", "--quiet", "-p", "no:cacheprovider", str(CONTRACT)]
+    done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)  # noqa: S603  our own tests
+    if done.returncode != 0:
+        print(done.stdout, done.stderr, file=sys.stderr)
+    return done.returncode == 0
+
+
+def provenance() -> str:
+    """Returns where, when and with what was measured."""
+    threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    today = dt.datetime.now(tz=dt.UTC).date()
+    system = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"
+    return f"{today}, commit {_commit()}, on the CPU ({_processor()}, {threads}), {versions()}, {system}"
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)  # noqa: S603  no input
+    except FileNotFoundError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown processor"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the tables, or writes the page too.
+
+    Args:
+        arguments: The command line; None for that of the process.
+
+    Returns:
+        The exit code: 1 if the contract suite is red.
+    """
+    parser = argparse.ArgumentParser(description="Time tamegrad beside the clipping of other libraries.")
+    parser.add_argument("--write", metavar="FILE", type=Path, help="also write the page of the documentation")
+    parser.add_argument("--quick", action="store_true", help="tiny models and one round; the numbers mean nothing")
+    options = parser.parse_args(arguments)
+    if options.write is not None and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--write draws pictures, and matplotlib is not installed: pip install matplotlib")
+    if not contract_is_green():
+        print(
+            "The contract suite is red: nothing is reported. Mend what it names, then run this again.", file=sys.stderr
+        )
+        return 1
+    started, load = provenance(), os.getloadavg()[0]
+    results = measure(quick=options.quick)
+    load = max(load, os.getloadavg()[0])
+    made = f"{started}, load average {load:.1f}"
+    missing = [f"{name} is not installed and left out: pip install {name}" for name in left_out()]
+    print("\n".join([made, *missing]), end="\n\n")
+    print(tables(results.measured, results.growth, results.shares))
+    if options.write is not None:
+        # matplotlib is needed for this alone.
+        from speed_pictures import draw  # noqa: PLC0415
+
+        pictures = draw(options.write.parent / "pictures", results.measured, results.growth)
+        text = page(tables(results.measured, results.growth, results.shares), made, missing, pictures)
+        options.write.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""Draws what was measured."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl  # type: ignore[import-not-found, unused-ignore]  # not where types are checked
+from matplotlib.axes import Axes  # type: ignore[import-not-found, unused-ignore]  # not where types are checked
+from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]  # not where types are checked
+from speed_measure import Growth, Measured, Times
+from speed_tools import WRITE
+
+__all__ = ["draw"]
+
+_OURS, _THEIRS, _FLOOR = "#0b6e4f", "#9aa5b1", "#c0392b"
+# The page of a picture stays white, so that it can be read whether what is around it is light or dark.
+_STYLE: Any = {
+    "figure.facecolor": "white",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "svg.hashsalt": "tamegrad",
+}
+
+
+def draw(folder: Path, measured: Sequence[Measured], growth: Growth) -> list[tuple[str, str]]:
+    """Draws the pictures as SVG.
+
+    Args:
+        folder: Where to; it is made if it is not there.
+        measured: What was measured on each model.
+        growth: What was measured with growing numbers of layers.
+
+    Returns:
+        The file name of each picture, and what it shows.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures: list[tuple[str, str]] = []
+    with mpl.rc_context(_STYLE):
+        for index, what in enumerate(("nothing clipped", "everything clipped")):
+            figure = Figure(figsize=(11, 8), layout="constrained")
+            for axes, case in zip(figure.subplots(2, 2).flat, measured, strict=True):
+                _, times, floor = case.both()[index]
+                _bars(axes, case.name, times, floor)
+            figure.suptitle(f"Time as a multiple of the floor (red line), {what}; shorter is faster")
+            pictures.append(_save(figure, folder, f"speed-{what.replace(' ', '-')}.svg", f"Ratios, {what}"))
+        figure = Figure(figsize=(8, 5), layout="constrained")
+        _lines(figure.subplots(), growth)
+        pictures.append(_save(figure, folder, "speed-growth.svg", "Time and the number of layers"))
+    return pictures
+
+
+def _save(figure: Figure, folder: Path, name: str, shows: str) -> tuple[str, str]:
+    figure.savefig(folder / name, metadata={"Date": None})
+    return name, shows
+
+
+def _bars(axes: Axes, name: str, times: Times, floor: str) -> None:
+    tools = [tool.name for tool in times.tools if not tool.name.startswith("floor")]
+    ratios = [times.ratio(tool, floor) for tool in tools]
+    labels = [tool.replace("`", "").replace("torch, a loop of clip_grad_norm_", "torch loop") for tool in tools]
+    colours = [_OURS if tool.startswith("tamegrad") else _THEIRS for tool in tools]
+    bars = axes.barh(labels, ratios, color=colours)
+    axes.bar_label(bars, [f"{ratio:.1f}" for ratio in ratios], padding=3)
+    axes.set_xscale("log")
+    axes.set_xlim(min(*ratios, 1.0) / 3, max(*ratios, 1.0) * 3)
+    axes.axvline(1.0, color=_FLOOR)
+    axes.invert_yaxis()
+    axes.set_title(name)
+
+
+def _lines(axes: Axes, growth: Growth) -> None:
+    names = dict.fromkeys(tool.name for times in growth.times.values() for tool in times.tools)
+    for name in names:
+        points = [(count, 1e3 * times.median(name)) for count, times in growth.times.items() if name in times]
+        floor = name.startswith("floor")
+        line = "-" if name.startswith("tamegrad") else "--" if floor else ":"
+        counts, times = zip(*points, strict=True)
+        axes.plot(
+            counts,
+            times,
+            line,
+            color="black" if floor else None,
+            marker="x" if name == WRITE else "o",
+            markersize=3,
+            label=name.replace("`", ""),
+        )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("layers of Linear(64, 64), nothing clipped")
+    axes.set_ylabel("milliseconds")
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
