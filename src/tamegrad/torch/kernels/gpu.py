@@ -9,13 +9,15 @@ at hand: they have not run on one, and nothing here was tuned or timed.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from tamegrad.errors import SettingError
 from tamegrad.groups import Plan
+from tamegrad.strategies import ClipValue
 from tamegrad.torch.decide import COLUMNS, Decision, Thresholds
-from tamegrad.torch.kernels.gpu_kernels import FLOATS, INTERPRETED, add_chunks, apply_chunk, measure_chunk
+from tamegrad.torch.kernels.gpu_kernels import INTERPRETED, KINDS, add_chunks, apply_chunk, measure_chunk
 from torch import Tensor
 
 __all__ = ["BLOCK", "CHUNK", "Kernels"]
@@ -30,8 +32,7 @@ _ROWS, _WIDTH = 64, 16
 # The widest loads of a thread, in bytes, need addresses that this divides.
 _ALIGNMENT = 16
 
-_CODES = {getattr(torch, name): (code, 0) for code, name in enumerate(FLOATS)}
-_CODES |= {dtype.to_complex(): (code, 1) for dtype, (code, _) in _CODES.items() if dtype.itemsize >= 4}  # noqa: PLR2004
+_KIND_OF: dict[torch.dtype, int] = {getattr(torch, name): kind for kind, name in enumerate(KINDS)}
 
 
 class Kernels:
@@ -65,7 +66,11 @@ class Kernels:
         Raises:
             SettingError: If a gradient is not on a GPU, or a CUDA graph is captured before a step outside of it.
         """
-        self._copies = {place: g.contiguous() for place, g in enumerate(gradients) if g is not None and not _is_dense(g)}
+        self._copies = {
+            place: gradient.contiguous()
+            for place, gradient in enumerate(gradients)
+            if gradient is not None and not _is_dense(gradient)
+        }
         by_device: dict[torch.device, list[tuple[Tensor, int]]] = {}
         for place, (gradient, group) in enumerate(zip(gradients, self._plan.group_of, strict=True)):
             if gradient is not None:
@@ -100,26 +105,29 @@ class _Layout:
     """The tables on a device that follow from the sizes and dtypes of its gradients.
 
     Args:
-        facts: For each gradient how many real values it has, its group, its float type and whether these are pairs.
+        facts: For each gradient how many real values it has, its group and its dtype.
         chunks: For each chunk which gradient it is of and where in it it starts; ordered by group.
         ends: Where in `chunks` each group starts, and the last one ends.
+        present: A bit for each dtype that there is.
     """
 
     facts: Tensor
     chunks: Tensor
     ends: Tensor
+    present: int
 
     @classmethod
-    def of(cls, facts: list[tuple[int, int, int, int]], groups: int, device: torch.device) -> "_Layout":
+    def of(cls, facts: list[tuple[int, int, int]], groups: int, device: torch.device) -> "_Layout":
         """Cuts the gradients into chunks."""
-        table = torch.tensor(facts, dtype=torch.int64).reshape(-1, 4)
+        table = torch.tensor(facts, dtype=torch.int64).reshape(-1, 3)
         counts = (table[:, 0] + CHUNK - 1) // CHUNK
         by_group = table[:, 1].argsort(stable=True)
         gradient = by_group.repeat_interleave(counts[by_group])
         before = (counts[by_group].cumsum(0) - counts[by_group]).repeat_interleave(counts[by_group])
         chunks = torch.stack([gradient, (torch.arange(len(gradient)) - before) * CHUNK], 1)
         ends = torch.zeros(groups + 1, dtype=torch.int64).index_add_(0, table[:, 1] + 1, counts).cumsum(0)
-        return cls(*(_uploaded(part, device) for part in (table, chunks, ends)))
+        present = sum({1 << kind for _, _, kind in facts})
+        return cls(_uploaded(table, device), _uploaded(chunks, device), _uploaded(ends, device), present)
 
 
 class _Device:
@@ -136,8 +144,9 @@ class _Device:
         _refuse_capture("the first step")
         self._device = device
         self._groups = len(plan.groups)
+        self._limited = any(isinstance(group.strategy, ClipValue) for group in plan.groups)
         self._limits = _uploaded(Thresholds.of(plan).values, device)
-        self._facts: list[tuple[int, int, int, int]] = []
+        self._facts: list[tuple[int, int, int]] = []
         self._layout = _Layout.of([], self._groups, device)
         self._known: list[int] = []
         self._addresses = self._table = self._layout.ends
@@ -150,12 +159,12 @@ class _Device:
         self._follow(placed)
         layout = self._layout
         chunks = len(layout.chunks)
-        with torch.cuda.device_of(self._addresses):
+        with _on(self._device):
             partial = torch.empty(chunks, COLUMNS, dtype=torch.float64, device=self._device)
             sums = torch.empty(self._groups, COLUMNS, dtype=torch.float64, device=self._device)
             if chunks:
                 tables = self._addresses, layout.facts, layout.chunks, self._limits
-                measure_chunk[(chunks,)](*tables, partial, CHUNK=CHUNK, BLOCK=BLOCK, ALIGNED=self._aligned)
+                measure_chunk[(chunks,)](*tables, partial, **self._compiled_for())
             add_chunks[(self._groups,)](partial, layout.ends, sums, ROWS=_ROWS, WIDTH=_WIDTH)
         return sums
 
@@ -164,17 +173,26 @@ class _Device:
         layout = self._layout
         vectors = (decision.first, decision.second, decision.limits, decision.zeroed)
         if chunks := len(layout.chunks):
-            with torch.cuda.device_of(self._addresses):
+            with _on(self._device):
                 tables = self._addresses, layout.facts, layout.chunks
                 moved = (vector.to(self._device) for vector in vectors)
-                apply_chunk[(chunks,)](*tables, *moved, CHUNK=CHUNK, BLOCK=BLOCK, ALIGNED=self._aligned)
+                apply_chunk[(chunks,)](*tables, *moved, **self._compiled_for())
+
+    def _compiled_for(self) -> dict[str, int | bool]:
+        """Returns what the kernels are compiled for: only the dtypes and the strategies that there are."""
+        return {
+            "PRESENT": self._layout.present,
+            "LIMITED": self._limited,
+            "ALIGNED": self._aligned,
+            "CHUNK": CHUNK,
+            "BLOCK": BLOCK,
+        }
 
     def _follow(self, placed: Sequence[tuple[Tensor, int]]) -> None:
         """Brings the tables up to date."""
         facts = [
-            (gradient.numel() << pairs, group, code, pairs)
+            (gradient.numel() * (2 if gradient.is_complex() else 1), group, _KIND_OF[gradient.dtype])
             for gradient, group in placed
-            for code, pairs in [_CODES[gradient.dtype]]
         ]
         if facts != self._facts:
             _refuse_capture("a step with gradients of other shapes or dtypes than the last one's")
@@ -230,9 +248,15 @@ def _pinned(host: Tensor, device: torch.device) -> Tensor:
     return host if device.type == "cpu" else host.pin_memory()
 
 
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a device the one that launches go to."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def _capturing() -> bool:
     # A PyTorch without CUDA raises when asked for its stream.
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # PyTorch has no type there
+    return initialized and torch.cuda.is_current_stream_capturing()
 
 
 def _refuse_capture(what: str) -> None:

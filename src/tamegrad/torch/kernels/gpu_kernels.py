@@ -12,17 +12,19 @@ import math
 
 import triton
 import triton.language as tl
+
 from tamegrad.torch import decide
 
-__all__ = ["FLOATS", "INTERPRETED", "add_chunks", "apply_chunk", "measure_chunk"]
+__all__ = ["INTERPRETED", "KINDS", "add_chunks", "apply_chunk", "measure_chunk"]
 
 # The columns of the table of tensors.
-SIZE, GROUP, FLOAT, PAIRS = (tl.constexpr(column) for column in range(4))
-FACTS = tl.constexpr(4)
+SIZE, GROUP, KIND_OF = (tl.constexpr(column) for column in range(3))
+FACTS = tl.constexpr(3)
 
-# What the column FLOAT says. Complex values are pairs of one of these.
-FLOATS = ("float16", "bfloat16", "float32", "float64")
-FLOAT16, BFLOAT16, FLOAT32, FLOAT64 = (tl.constexpr(code) for code in range(len(FLOATS)))
+# What the column KIND_OF counts. A complex value is a pair of real ones.
+KINDS = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
+FLOAT16, BFLOAT16, FLOAT32, FLOAT64, COMPLEX64, COMPLEX128 = (tl.constexpr(kind) for kind in range(len(KINDS)))
+HOW_MANY = tl.constexpr(len(KINDS))
 
 # Triton's kernels see constants of a module as these only.
 COLUMNS = tl.constexpr(decide.COLUMNS)
@@ -35,22 +37,32 @@ INFINITY = tl.constexpr(math.inf)
 
 @triton.jit
 def measure_chunk(
-    addresses, facts, chunks, limits, partial, CHUNK: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr
+    addresses,
+    facts,
+    chunks,
+    limits,
+    partial,
+    PRESENT: tl.constexpr,
+    LIMITED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Writes the sums of one chunk to its row of `partial`."""
+    """Writes the sums of one chunk to its row of `partial`.
+
+    It is compiled for what there is: `PRESENT` has a bit for each dtype, `LIMITED` says whether a group may have a
+    limit, `ALIGNED` whether all addresses allow for the widest loads.
+    """
     chunk = tl.program_id(0)
     address, fact, start, stop = _find(addresses, facts, chunks, chunk, CHUNK)
     limit = tl.load(limits + tl.load(fact + GROUP))
-    kind, pairs = tl.load(fact + FLOAT), tl.load(fact + PAIRS)
+    kind = tl.load(fact + KIND_OF)
     row = partial + chunk.to(tl.int64) * COLUMNS
-    if kind == FLOAT32:
-        _measure(_pointer(address, tl.float32, ALIGNED), start, stop, limit, pairs, row, BLOCK)
-    elif kind == BFLOAT16:
-        _measure(_pointer(address, tl.bfloat16, ALIGNED), start, stop, limit, pairs, row, BLOCK)
-    elif kind == FLOAT16:
-        _measure(_pointer(address, tl.float16, ALIGNED), start, stop, limit, pairs, row, BLOCK)
-    else:
-        _measure(_pointer(address, tl.float64, ALIGNED), start, stop, limit, pairs, row, BLOCK)
+    for KIND in tl.static_range(HOW_MANY):
+        if PRESENT >> KIND & 1:
+            if kind == KIND:
+                values = _pointer(address, KIND, ALIGNED)
+                _measure(values, start, stop, limit, row, LIMITED, KIND >= COMPLEX64, BLOCK)
 
 
 @triton.jit
@@ -76,26 +88,27 @@ def apply_chunk(
     seconds,
     limits,
     zeroed,
+    PRESENT: tl.constexpr,
+    LIMITED: tl.constexpr,
+    ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
-    ALIGNED: tl.constexpr,
 ):
     """Changes the values of one chunk as was decided for its group; returns at once if that is to leave them."""
     address, fact, start, stop = _find(addresses, facts, chunks, tl.program_id(0), CHUNK)
     group = tl.load(fact + GROUP)
     first, second, limit = tl.load(firsts + group), tl.load(seconds + group), tl.load(limits + group)
     zero = tl.load(zeroed + group) != 0
+    kind = tl.load(fact + KIND_OF)
     # Decision.changed
     if (first != 1.0) | (second != 1.0) | (limit < INFINITY) | zero:
-        kind, pairs = tl.load(fact + FLOAT), tl.load(fact + PAIRS)
-        if kind == FLOAT32:
-            _apply(_pointer(address, tl.float32, ALIGNED), start, stop, first, second, limit, zero, pairs, BLOCK)
-        elif kind == BFLOAT16:
-            _apply(_pointer(address, tl.bfloat16, ALIGNED), start, stop, first, second, limit, zero, pairs, BLOCK)
-        elif kind == FLOAT16:
-            _apply(_pointer(address, tl.float16, ALIGNED), start, stop, first, second, limit, zero, pairs, BLOCK)
-        else:
-            _apply(_pointer(address, tl.float64, ALIGNED), start, stop, first, second, limit, zero, pairs, BLOCK)
+        for KIND in tl.static_range(HOW_MANY):
+            if PRESENT >> KIND & 1:
+                if kind == KIND:
+                    values = _pointer(address, KIND, ALIGNED)
+                    # Real factors treat the parts of a complex value alike; only a limit must see both.
+                    AS_PAIRS: tl.constexpr = LIMITED and KIND >= COMPLEX64
+                    _change_chunk(values, start, stop, first, second, limit, zero, AS_PAIRS, BLOCK)
 
 
 @triton.jit
@@ -108,8 +121,15 @@ def _find(addresses, facts, chunks, chunk, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _pointer(address, FLOAT_TYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    values = address.to(tl.pointer_type(FLOAT_TYPE))
+def _pointer(address, KIND: tl.constexpr, ALIGNED: tl.constexpr):
+    if KIND == FLOAT16:
+        values = address.to(tl.pointer_type(tl.float16))
+    elif KIND == BFLOAT16:
+        values = address.to(tl.pointer_type(tl.bfloat16))
+    elif KIND == FLOAT32 or KIND == COMPLEX64:
+        values = address.to(tl.pointer_type(tl.float32))
+    else:
+        values = address.to(tl.pointer_type(tl.float64))
     # Without the promise every value is loaded on its own.
     if ALIGNED:
         values = tl.multiple_of(values, 16)
@@ -117,14 +137,12 @@ def _pointer(address, FLOAT_TYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _measure(values, start, stop, limit, pairs, row, BLOCK: tl.constexpr):
-    # The choices are the same for all values of a program: each way has a loop of its own, with nothing to ask in it.
-    if limit == INFINITY:
-        total = _sum_chunk(values, start, stop, limit, row, False, False, BLOCK)  # noqa: FBT003
-    elif pairs == 0:
-        total = _sum_chunk(values, start, stop, limit, row, True, False, BLOCK)  # noqa: FBT003
+def _measure(values, start, stop, limit, row, LIMITED: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr):
+    # The choice is the same for all values of a program: each way has a loop of its own, with nothing to ask in it.
+    if not LIMITED or limit == INFINITY:
+        total = _sum_chunk(values, start, stop, limit, row, False, False, BLOCK)
     else:
-        total = _sum_chunk(values, start, stop, limit, row, True, True, BLOCK)  # noqa: FBT003
+        total = _sum_chunk(values, start, stop, limit, row, True, PAIRS, BLOCK)
     # Sums are finite exactly if all values are; a NaN compares false.
     if total < INFINITY:
         _store3(row + NONFINITE, 0.0, 0.0, 0.0)
@@ -133,31 +151,25 @@ def _measure(values, start, stop, limit, pairs, row, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _sum_chunk(
-    values, start, stop, limit, row, LIMITED: tl.constexpr, AS_PAIRS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Stores the sums of squares before and after, and the count of cut values; returns the sum before, of any scale."""
+def _sum_chunk(values, start, stop, limit, row, LIMITED: tl.constexpr, AS_PAIRS: tl.constexpr, BLOCK: tl.constexpr):
+    """Stores the sums of squares before and after, and the count of cut values; returns the sum before."""
     small, middle, big = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
     small_after, middle_after, big_after, cut = small, middle, big, small
+    RANGES: tl.constexpr = values.dtype.element_ty == tl.float64
     WIDTH: tl.constexpr = 2 * BLOCK if AS_PAIRS else BLOCK
     whole = start + (stop - start) // WIDTH * WIDTH
     # Whole blocks first, without a mask, which would have every value loaded on its own; then what is left, if any.
     for PART in tl.static_range(2):
         for begin in range(start if PART == 0 else whole, whole if PART == 0 else stop, WIDTH):
             real, imaginary = _load(values, begin, stop, AS_PAIRS, PART == 1, BLOCK)
-            small, middle, big = _add(real, small, middle, big, values.dtype.element_ty == tl.float64)
-            if AS_PAIRS:
-                small, middle, big = _add(imaginary, small, middle, big, values.dtype.element_ty == tl.float64)
+            small, middle, big = _add(real, imaginary, small, middle, big, RANGES, AS_PAIRS)
             if LIMITED:
-                over = _magnitude(real, imaginary, AS_PAIRS) > limit
-                cut += tl.where(over, 1.0, 0.0)
+                cut += tl.where(_magnitude(real, imaginary, AS_PAIRS) > limit, 1.0, 0.0)
                 real, imaginary = _limited(real, imaginary, limit, AS_PAIRS)
                 # A threshold may be so small that its square is not in the middle range, whatever the dtype.
-                small_after, middle_after, big_after = _add(real, small_after, middle_after, big_after, True)  # noqa: FBT003
-                if AS_PAIRS:
-                    small_after, middle_after, big_after = _add(
-                        imaginary, small_after, middle_after, big_after, True  # noqa: FBT003
-                    )
+                small_after, middle_after, big_after = _add(
+                    real, imaginary, small_after, middle_after, big_after, True, AS_PAIRS
+                )
     before = tl.sum(small), tl.sum(middle), tl.sum(big)
     _store3(row + BEFORE, before[0], before[1], before[2])
     _store3(row + AFTER, tl.sum(small_after), tl.sum(middle_after), tl.sum(big_after))
@@ -169,33 +181,23 @@ def _sum_chunk(
 def _count_nonfinite(values, start, stop, row, BLOCK: tl.constexpr):
     nan, plus, minus = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
     for begin in range(start, stop, BLOCK):
-        wide, _ = _load(values, begin, stop, False, True, BLOCK)  # noqa: FBT003
-        nan += tl.where(wide != wide, 1.0, 0.0)  # noqa: PLR0124
+        wide, _ = _load(values, begin, stop, False, True, BLOCK)
+        nan += tl.where(wide != wide, 1.0, 0.0)
         plus += tl.where(wide == INFINITY, 1.0, 0.0)
         minus += tl.where(wide == -INFINITY, 1.0, 0.0)
     _store3(row + NONFINITE, tl.sum(nan), tl.sum(plus), tl.sum(minus))
 
 
 @triton.jit
-def _apply(values, start, stop, first, second, limit, zero, pairs, BLOCK: tl.constexpr):
-    # Real factors treat the parts of a complex value alike; only a limit must see both.
-    if (pairs != 0) & (limit < INFINITY):
-        _change_chunk(values, start, stop, first, second, limit, zero, True, BLOCK)  # noqa: FBT003
-    else:
-        _change_chunk(values, start, stop, first, second, limit, zero, False, BLOCK)  # noqa: FBT003
-
-
-@triton.jit
-def _change_chunk(
-    values, start, stop, first, second, limit, zero, AS_PAIRS: tl.constexpr, BLOCK: tl.constexpr
-):
+def _change_chunk(values, start, stop, first, second, limit, zero, AS_PAIRS: tl.constexpr, BLOCK: tl.constexpr):
     WIDTH: tl.constexpr = 2 * BLOCK if AS_PAIRS else BLOCK
     whole = start + (stop - start) // WIDTH * WIDTH
     for PART in tl.static_range(2):
         for begin in range(start if PART == 0 else whole, whole if PART == 0 else stop, WIDTH):
             real, imaginary = _load(values, begin, stop, AS_PAIRS, PART == 1, BLOCK)
             real, imaginary = _limited(real * first * second, imaginary * first * second, limit, AS_PAIRS)
-            _store(values, begin, stop, tl.where(zero, 0.0, real), tl.where(zero, 0.0, imaginary), AS_PAIRS, PART == 1, BLOCK)
+            real, imaginary = tl.where(zero, 0.0, real), tl.where(zero, 0.0, imaginary)
+            _store(values, begin, stop, real, imaginary, AS_PAIRS, PART == 1, BLOCK)
 
 
 @triton.jit
@@ -216,9 +218,7 @@ def _load(values, begin, stop, AS_PAIRS: tl.constexpr, MASKED: tl.constexpr, BLO
 
 
 @triton.jit
-def _store(
-    values, begin, stop, real, imaginary, AS_PAIRS: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr
-):
+def _store(values, begin, stop, real, imaginary, AS_PAIRS: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr):
     if AS_PAIRS:
         places = begin + 2 * tl.arange(0, BLOCK)
         tl.store(values + places, _narrowed(real, values.dtype.element_ty), mask=places < stop)
@@ -240,16 +240,27 @@ def _narrowed(wide, FLOAT_TYPE: tl.constexpr):
 
 
 @triton.jit
-def _add(wide, small, middle, big, RANGES: tl.constexpr):
+def _add(real, imaginary, small, middle, big, RANGES: tl.constexpr, AS_PAIRS: tl.constexpr):
     """Adds squares to the sums of Blue's three ranges; those of float32 and smaller types all fit the middle one."""
     if RANGES:
-        magnitude = tl.abs(wide)
-        is_small, is_big = magnitude < SMALL_BELOW, magnitude > BIG_ABOVE
-        raised = tl.where(is_small, magnitude, 0.0) * SMALL_FACTOR
-        lowered = tl.where(is_big, magnitude, 0.0) * BIG_FACTOR
-        between = tl.where(is_small | is_big, 0.0, magnitude)
-        return small + raised * raised, middle + between * between, big + lowered * lowered
-    return small, middle + wide * wide, big
+        small, middle, big = _add_ranges(real, small, middle, big)
+        if AS_PAIRS:
+            small, middle, big = _add_ranges(imaginary, small, middle, big)
+    else:
+        middle += real * real
+        if AS_PAIRS:
+            middle += imaginary * imaginary
+    return small, middle, big
+
+
+@triton.jit
+def _add_ranges(wide, small, middle, big):
+    magnitude = tl.abs(wide)
+    is_small, is_big = magnitude < SMALL_BELOW, magnitude > BIG_ABOVE
+    raised = tl.where(is_small, magnitude, 0.0) * SMALL_FACTOR
+    lowered = tl.where(is_big, magnitude, 0.0) * BIG_FACTOR
+    between = tl.where(is_small | is_big, 0.0, magnitude)
+    return small + raised * raised, middle + between * between, big + lowered * lowered
 
 
 @triton.jit
