@@ -3,7 +3,6 @@
 The lists come from the code, so that nothing new can be left out.
 """
 
-import itertools
 from dataclasses import fields
 from typing import Any, get_args
 
@@ -11,30 +10,18 @@ import numpy as np
 import pytest
 
 import torch
-from support.contract import Case, assert_contract, assert_same_report, assert_same_values, bits
+from support.contract import Case, assert_contract, assert_same_report, assert_same_values, bits, every_strategy
 from tamegrad import Report, normalize
-from tamegrad.strategies import OnNonfinite, Per, Strategy
+from tamegrad.strategies import OnNonfinite, Strategy
 from tamegrad.torch import GradientNormalizer
 from tamegrad.torch.gradients import DTYPES
 from tamegrad.torch.kernels import BACKENDS
 
-THRESHOLDS = (0.03, 1.0, 40.0)
 SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
     "first": {"weight": (7, 9), "bias": (7,)},
     "second": {"weight": (63,), "scale": ()},
     "empty": {"weight": (0, 3)},
 }
-
-
-def every_strategy() -> list[Strategy]:
-    """Makes every strategy with every `per` it has, at a low, a middle and a high threshold."""
-    strategies: list[Strategy] = []
-    for kind in get_args(Strategy):
-        names = {field.name for field in fields(kind)}
-        choices = {"threshold": THRESHOLDS, "per": get_args(Per)}
-        settings = [[(name, value) for value in choices[name]] for name in sorted(names)]
-        strategies += [kind(**dict(combination)) for combination in itertools.product(*settings)]
-    return strategies
 
 
 def a_case(dtype: torch.dtype, magnitude: float = 1.0, seed: int = 0) -> Case:

@@ -1,14 +1,15 @@
 """Holds a backend against the reference: one model, its gradients, and the same gradients as NumPy arrays."""
 
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+import itertools
+from dataclasses import dataclass, fields
+from typing import Any, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 import torch
 from tamegrad import Report, normalize
-from tamegrad.strategies import OnNonfinite
+from tamegrad.strategies import OnNonfinite, Per, Strategy
 from tamegrad.torch import GradientNormalizer
 from torch import Tensor, nn
 
@@ -19,6 +20,7 @@ Tensors: TypeAlias = dict[str, dict[str, Tensor]]
 SPACINGS = {torch.float64: 8, torch.complex128: 8}
 # Norms are sums of squares in float64, added in another order.
 NORM_TOLERANCE = 1e-13
+THRESHOLDS = (0.03, 1.0, 40.0)
 SMALLEST = 2 * np.finfo(np.float64).smallest_subnormal
 
 
@@ -50,6 +52,17 @@ class Case:
             layer: {kind: parameter.grad for kind, parameter in module.named_parameters() if parameter.grad is not None}
             for layer, module in self.model.named_children()
         }
+
+
+def every_strategy() -> list[Strategy]:
+    """Makes every strategy with every `per` it has, at a low, a middle and a high threshold."""
+    strategies: list[Strategy] = []
+    for kind in get_args(Strategy):
+        names = {field.name for field in fields(kind)}
+        choices = {"threshold": THRESHOLDS, "per": get_args(Per)}
+        settings = [[(name, value) for value in choices[name]] for name in sorted(names)]
+        strategies += [kind(**dict(combination)) for combination in itertools.product(*settings)]
+    return strategies
 
 
 def assert_same_values(actual: Tensor, expected: NDArray[Any], where: str) -> None:

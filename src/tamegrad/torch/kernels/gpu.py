@@ -186,6 +186,8 @@ class _Device:
             "ALIGNED": self._aligned,
             "CHUNK": CHUNK,
             "BLOCK": BLOCK,
+            # A product and the sum it goes into are rounded once; Triton's default for this changes with its versions.
+            "enable_fp_fusion": True,
         }
 
     def _follow(self, placed: Sequence[tuple[Tensor, int]]) -> None:

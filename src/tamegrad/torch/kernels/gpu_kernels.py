@@ -125,7 +125,8 @@ def _pointer(address, KIND: tl.constexpr, ALIGNED: tl.constexpr):
     if KIND == FLOAT16:
         values = address.to(tl.pointer_type(tl.float16))
     elif KIND == BFLOAT16:
-        values = address.to(tl.pointer_type(tl.bfloat16))
+        # As bits: Triton's interpreter converts subnormal ones wrongly, and GPUs before 2020 do not at all.
+        values = address.to(tl.pointer_type(tl.int16))
     elif KIND == FLOAT32 or KIND == COMPLEX64:
         values = address.to(tl.pointer_type(tl.float32))
     else:
@@ -205,14 +206,14 @@ def _load(values, begin, stop, AS_PAIRS: tl.constexpr, MASKED: tl.constexpr, BLO
     """Returns a block of values in float64: real and imaginary parts, which for real values are the same."""
     if AS_PAIRS:
         places = begin + 2 * tl.arange(0, BLOCK)
-        real = tl.load(values + places, mask=places < stop, other=0.0).to(tl.float64)
-        imaginary = tl.load(values + places + 1, mask=places < stop, other=0.0).to(tl.float64)
+        real = _widened(tl.load(values + places, mask=places < stop, other=0.0))
+        imaginary = _widened(tl.load(values + places + 1, mask=places < stop, other=0.0))
     else:
         places = begin + tl.arange(0, BLOCK)
         if MASKED:
-            real = tl.load(values + places, mask=places < stop, other=0.0).to(tl.float64)
+            real = _widened(tl.load(values + places, mask=places < stop, other=0.0))
         else:
-            real = tl.load(values + places).to(tl.float64)
+            real = _widened(tl.load(values + places))
         imaginary = real
     return real, imaginary
 
@@ -232,11 +233,23 @@ def _store(values, begin, stop, real, imaginary, AS_PAIRS: tl.constexpr, MASKED:
 
 
 @triton.jit
-def _narrowed(wide, FLOAT_TYPE: tl.constexpr):
-    # By way of float32, as PyTorch does: not every device can go from float64 to the 16-bit types.
-    if FLOAT_TYPE == tl.float64:
+def _widened(raw):
+    if raw.dtype == tl.int16:
+        return (raw.to(tl.int32) << 16).to(tl.float32, bitcast=True).to(tl.float64)
+    return raw.to(tl.float64)
+
+
+@triton.jit
+def _narrowed(wide, STORED: tl.constexpr):
+    if STORED == tl.float64:
         return wide
-    return wide.to(tl.float32).to(FLOAT_TYPE)
+    # By way of float32, as PyTorch does: not every device goes from float64 to the 16-bit types.
+    narrow = wide.to(tl.float32)
+    if STORED == tl.int16:
+        # To the nearest, a tie to the even one. No NaN comes here: a group that has one is zeroed or left as it is.
+        bits = narrow.to(tl.int32, bitcast=True)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.int16)
+    return narrow.to(STORED)
 
 
 @triton.jit
