@@ -41,11 +41,8 @@ def drawn(*shape: int, dtype: torch.dtype = torch.float32, magnitude: float = 1.
 def small_case(dtype: torch.dtype, magnitude: float = 1.0) -> Case:
     return Case.of(
         {
-            "first": {
-                "weight": drawn(7, 9, dtype=dtype, magnitude=magnitude),
-                "bias": drawn(7, dtype=dtype, magnitude=magnitude, seed=1),
-            },
-            "second": {"weight": drawn(63, dtype=dtype, magnitude=magnitude, seed=2), "scale": drawn(dtype=dtype)},
+            "first": {"weight": drawn(7, 9, dtype=dtype, magnitude=magnitude), "scale": drawn(dtype=dtype)},
+            "second": {"weight": drawn(63, dtype=dtype, magnitude=magnitude, seed=2)},
             "empty": {"weight": drawn(0, 3, dtype=dtype)},
         }
     )
@@ -54,12 +51,12 @@ def small_case(dtype: torch.dtype, magnitude: float = 1.0) -> Case:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("strategy", every_strategy(), ids=str)
 class TestContract:
-    @pytest.mark.parametrize("power", [-0.9, -0.4, 0.0, 0.4, 0.85])
+    @pytest.mark.parametrize("power", [-0.9, 0.0, 0.85])
     def test_gradients_of_any_magnitude(self, strategy: Strategy, dtype: torch.dtype, power: float) -> None:
+        # Half of the tests' time is Triton's interpreter, about 20 ms a program: few values of few tensors.
         assert_contract(small_case(dtype, torch.finfo(dtype).max ** power), strategy, "gpu")
 
-    @pytest.mark.parametrize("on_nonfinite", ["keep", "zero", "skip"])
-    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+    @pytest.mark.parametrize(("value", "on_nonfinite"), [(math.nan, "keep"), (math.inf, "zero"), (-math.inf, "skip")])
     def test_nonfinite_gradients(
         self, strategy: Strategy, dtype: torch.dtype, value: float, on_nonfinite: OnNonfinite
     ) -> None:
@@ -74,14 +71,16 @@ class TestContract:
 @pytest.mark.parametrize("strategy", every_strategy(), ids=str)
 def test_values_on_both_sides_of_an_edge_between_ranges(strategy: Strategy, dtype: torch.dtype, edge: float) -> None:
     values = torch.tensor([0.5, 0.999, 1.0, 1.001, 2.0], dtype=torch.float64) * edge
-    assert_contract(Case.of({"out": {"weight": values.to(dtype), "bias": values[:2].to(dtype)}}), strategy, "gpu")
+    assert_contract(
+        Case.of({"out": {"weight": values.to(dtype), "bias": values[:2].to(dtype, copy=True)}}), strategy, "gpu"
+    )
 
 
 LENGTHS = [0, 1, 63, 1000, gpu.BLOCK - 1, gpu.BLOCK, gpu.BLOCK + 1, gpu.CHUNK - 1, gpu.CHUNK, gpu.CHUNK + 1]
 
 
 @pytest.mark.parametrize("strategy", [Clip(0.5), ClipValue(0.5)], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.complex128], ids=str)
 @pytest.mark.parametrize("length", LENGTHS)
 def test_what_lies_around_a_gradient_is_neither_read_nor_written(
     length: int, dtype: torch.dtype, strategy: Strategy
@@ -223,6 +222,15 @@ class TestCapture:
         case = Case.of({"out": {"weight": drawn(3)}})
         with pytest.raises(SettingError, match=r"the first step, while a CUDA graph .*; next: run a few steps before"):
             GradientNormalizer(case.model, Clip(0.5), backend="gpu").normalize_()
+
+    @pytest.mark.parametrize("on_nonfinite", ["skip", "raise"])
+    def test_what_reads_the_device_is_refused(self, on_nonfinite: OnNonfinite, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        case = Case.of({"out": {"weight": drawn(3)}})
+        with pytest.raises(SettingError, match=r'a CUDA graph is captured.*; allowed: "keep" or "zero"'):
+            GradientNormalizer(case.model, Clip(0.5), on_nonfinite=on_nonfinite).normalize_()
+        assert case.gradients["out"]["weight"].equal(drawn(3))
 
     def test_other_shapes_are_refused(self, capturing: list[bool]) -> None:
         case = Case.of({"out": {"weight": drawn(3), "bias": drawn(3)}})

@@ -119,6 +119,7 @@ class GradientNormalizer:
     @torch.no_grad()
     def _normalize(self, loss_scale: Tensor | None = None, *, scaler_skips: bool = False) -> Report[Tensor]:
         """The four steps; gradients that are multiplied by a loss scale are treated as if they were not."""
+        self._refuse_capture()
         if self._plan_is_old():
             self._nonfinite_before += self._nonfinite_since()
             self._make_plan(find_layers(self._model, self._merged) if self._model is not None else self._whole)
@@ -140,6 +141,17 @@ class GradientNormalizer:
             self._write_back(gradients, decision)
         self.report = _report(self.plan, decision, loss_scale, skipped=stopped)
         return self.report
+
+    def _refuse_capture(self) -> None:
+        # A PyTorch without CUDA raises when asked for its stream.
+        initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # PyTorch has no type there
+        if self._on_nonfinite in {"skip", "raise"} and initialized and torch.cuda.is_current_stream_capturing():
+            raise SettingError(
+                f'on_nonfinite="{self._on_nonfinite}"',
+                got="a step while a CUDA graph is captured, which cannot read the device",
+                allowed='"keep" or "zero" inside a CUDA graph',
+                advice='pass on_nonfinite="keep" or "zero", or normalize outside of the graph',
+            )
 
     def _make_plan(self, whole: ModelLayers) -> None:
         chosen = self._choose(whole)
