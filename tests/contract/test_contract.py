@@ -3,7 +3,6 @@
 The lists come from the code, so that nothing new can be left out.
 """
 
-import itertools
 from dataclasses import fields
 from typing import Any, get_args
 
@@ -11,30 +10,25 @@ import numpy as np
 import pytest
 import torch
 
-from support.contract import Case, assert_contract, assert_same_report, assert_same_values, bits
+from support.contract import (
+    QUICK_BACKENDS,
+    Case,
+    assert_contract,
+    assert_same_report,
+    assert_same_values,
+    bits,
+    every_strategy,
+)
 from tamegrad import Report, normalize
-from tamegrad.strategies import OnNonfinite, Per, Strategy
+from tamegrad.strategies import OnNonfinite, Strategy
 from tamegrad.torch import GradientNormalizer
 from tamegrad.torch.gradients import DTYPES
-from tamegrad.torch.kernels import BACKENDS
 
-THRESHOLDS = (0.03, 1.0, 40.0)
 SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
     "first": {"weight": (7, 9), "bias": (7,)},
     "second": {"weight": (63,), "scale": ()},
     "empty": {"weight": (0, 3)},
 }
-
-
-def every_strategy() -> list[Strategy]:
-    """Makes every strategy with every `per` it has, at a low, a middle and a high threshold."""
-    strategies: list[Strategy] = []
-    for kind in get_args(Strategy):
-        names = {field.name for field in fields(kind)}
-        choices = {"threshold": THRESHOLDS, "per": get_args(Per)}
-        settings = [[(name, value) for value in choices[name]] for name in sorted(names)]
-        strategies += [kind(**dict(combination)) for combination in itertools.product(*settings)]
-    return strategies
 
 
 def a_case(dtype: torch.dtype, magnitude: float = 1.0, seed: int = 0) -> Case:
@@ -51,7 +45,7 @@ def a_case(dtype: torch.dtype, magnitude: float = 1.0, seed: int = 0) -> Case:
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", QUICK_BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("strategy", every_strategy(), ids=str)
 class TestContract:
@@ -77,7 +71,7 @@ class TestContract:
         assert_contract(case, strategy, backend, on_nonfinite)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", QUICK_BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_group_exactly_at_its_threshold_keeps_its_bits_and_one_above_does_not(
     dtype: torch.dtype, backend: Any
@@ -111,7 +105,7 @@ def test_the_suite_would_notice_a_wrong_threshold() -> None:
         assert_same_values(torch.tensor([1.0, 1.0]), np.array([1.0, 1.0 + 3e-7]), "here")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", QUICK_BACKENDS)
 @pytest.mark.parametrize("edge", [2.0**-511, 2.0**486])
 @pytest.mark.parametrize("strategy", every_strategy(), ids=str)
 def test_values_on_both_sides_of_an_edge_between_ranges(strategy: Strategy, edge: float, backend: Any) -> None:

@@ -12,12 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from support.contract import Case, Tensors, as_real, assert_contract, bits, widened
+from support.contract import QUICK_BACKENDS, Case, Tensors, as_real, assert_contract, bits, widened
 from tamegrad import Clip, ClipValue, GradientNormalization, Keep, NonFiniteGradientError, Policy, Renormalize
 from tamegrad.strategies import OnNonfinite, Per
 from tamegrad.torch import GradientNormalizer
 from tamegrad.torch.gradients import DTYPES
-from tamegrad.torch.kernels import BACKENDS
 
 # How hypothesis draws the values of a dtype: bfloat16 has float32's range and is rounded to afterwards.
 WIDTHS: dict[torch.dtype, Any] = {
@@ -86,13 +85,13 @@ def models(draw: st.DrawFn, *, nonfinite: bool) -> Tensors:
     return {f"layer{i}": {kind: draw(tensors(nonfinite=nonfinite)) for kind in kinds} for i, kinds in enumerate(layers)}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", QUICK_BACKENDS)
 @given(gradients=models(nonfinite=False), strategy=STRATEGIES)
 def test_finite_gradients(backend: Any, gradients: Tensors, strategy: object) -> None:
     assert_contract(Case.of(gradients), strategy, backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", QUICK_BACKENDS)
 @given(
     gradients=models(nonfinite=True),
     strategy=STRATEGIES,
@@ -114,7 +113,7 @@ def test_gradients_that_may_not_be_finite(
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", QUICK_BACKENDS)
 @given(
     gradients=models(nonfinite=False),
     default=STRATEGIES,
@@ -124,7 +123,7 @@ def test_policies(backend: Any, gradients: Tensors, default: object, overrides: 
     assert_contract(Case.of(gradients), Policy(default, overrides), backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", QUICK_BACKENDS)
 @given(gradients=models(nonfinite=False), per=PERS, fraction=st.floats(1e-3, 0.999))
 def test_clipping_lands_on_the_threshold_and_keeps_the_direction(
     backend: Any, gradients: Tensors, per: Per, fraction: float

@@ -1,7 +1,8 @@
 """Holds a backend against the reference: one model, its gradients, and the same gradients as NumPy arrays."""
 
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+import itertools
+from dataclasses import dataclass, fields
+from typing import Any, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -9,16 +10,22 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tamegrad import Report, normalize
-from tamegrad.strategies import OnNonfinite
+from tamegrad.strategies import OnNonfinite, Per, Strategy
 from tamegrad.torch import GradientNormalizer
+from tamegrad.torch.kernels import BACKENDS
 
 Tensors: TypeAlias = dict[str, dict[str, Tensor]]
+
+# Triton's interpreter takes tens of milliseconds a program: tests/torch/test_kernels_gpu.py holds the GPU backend to
+# the same contract, on fewer and smaller gradients.
+QUICK_BACKENDS = [name for name in BACKENDS if name != "gpu"]
 
 # A value is computed in float64 and rounded once to the dtype: one spacing of it allows for a tie that falls the other
 # way. In float64 there are two or three roundings more on either side.
 SPACINGS = {torch.float64: 8, torch.complex128: 8}
 # Norms are sums of squares in float64, added in another order.
 NORM_TOLERANCE = 1e-13
+THRESHOLDS = (0.03, 1.0, 40.0)
 SMALLEST = 2 * np.finfo(np.float64).smallest_subnormal
 
 
@@ -50,6 +57,17 @@ class Case:
             layer: {kind: parameter.grad for kind, parameter in module.named_parameters() if parameter.grad is not None}
             for layer, module in self.model.named_children()
         }
+
+
+def every_strategy() -> list[Strategy]:
+    """Makes every strategy with every `per` it has, at a low, a middle and a high threshold."""
+    strategies: list[Strategy] = []
+    for kind in get_args(Strategy):
+        names = {field.name for field in fields(kind)}
+        choices = {"threshold": THRESHOLDS, "per": get_args(Per)}
+        settings = [[(name, value) for value in choices[name]] for name in sorted(names)]
+        strategies += [kind(**dict(combination)) for combination in itertools.product(*settings)]
+    return strategies
 
 
 def assert_same_values(actual: Tensor, expected: NDArray[Any], where: str) -> None:

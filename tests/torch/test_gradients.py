@@ -10,13 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from support.contract import QUICK_BACKENDS
 from tamegrad import Clip, ClipValue, Keep, Renormalize, SettingError
 from tamegrad.torch import normalize_grad_
 from tamegrad.torch.gradients import _overlaps_itself
-from tamegrad.torch.kernels import BACKENDS, Choice, choose
+from tamegrad.torch.kernels import Choice, choose
 
 
-@pytest.fixture(autouse=True, params=BACKENDS)
+@pytest.fixture(autouse=True, params=QUICK_BACKENDS)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Takes each backend in turn, where a test does not ask for one."""
 

@@ -133,7 +133,7 @@ def test_refuses_a_threshold_beside_what_has_its_own(policy: object) -> None:
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"backend": "fast"}, SettingError, "^backend: got 'fast'; allowed: 'auto', 'cpu', 'eager'"),
+        ({"backend": "fast"}, SettingError, "^backend: got 'fast'; allowed: 'auto', 'cpu', 'gpu', 'eager'"),
         ({"on_nonfinite": "drop"}, SettingError, "^on_nonfinite: got 'drop'"),
         ({"overrides": {"c": None}}, UnmatchedError, "^override 'c': got a key that matches none of 2 layers"),
         ({"layers": ["c*"]}, UnmatchedError, r"^layers='c\*'"),

@@ -38,7 +38,8 @@ class GradientNormalizer:
         on_nonfinite: What happens to a group with NaN or infinity. `"keep"` leaves it as it is, `"zero"` makes it zero,
             and other groups are normalized as ever; `"skip"` leaves all groups as they are, `"raise"` raises. The last
             two read the device once a step.
-        backend: `"auto"`, which picks by the devices of the parameters; or the backend to use: `"cpu"` or `"eager"`.
+        backend: `"auto"`, which picks by the devices of the parameters; or the backend to use: `"cpu"`, `"eager"`, or
+            `"gpu"`, which was checked in Triton's interpreter but has not run on a GPU yet.
 
     Attributes:
         plan: Every layer, its parameter types, its strategy.
@@ -121,6 +122,7 @@ class GradientNormalizer:
     @torch.no_grad()
     def _normalize(self, loss_scale: Tensor | None = None, *, scaler_skips: bool = False) -> Report[Tensor]:
         """The four steps; gradients that are multiplied by a loss scale are treated as if they were not."""
+        self._refuse_capture()
         if self._plan_is_old():
             self._nonfinite_before += self._nonfinite_since()
             self._make_plan(find_layers(self._model, self._merged) if self._model is not None else self._whole)
@@ -142,6 +144,17 @@ class GradientNormalizer:
             self._write_back(gradients, decision)
         self.report = _report(self._group_names, decision, loss_scale, skipped=stopped)
         return self.report
+
+    def _refuse_capture(self) -> None:
+        # A PyTorch without CUDA raises when asked for its stream.
+        initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # PyTorch has no type there
+        if self._on_nonfinite in {"skip", "raise"} and initialized and torch.cuda.is_current_stream_capturing():
+            raise SettingError(
+                f'on_nonfinite="{self._on_nonfinite}"',
+                got="a step while a CUDA graph is captured, which cannot read the device",
+                allowed='"keep" or "zero" inside a CUDA graph',
+                advice='pass on_nonfinite="keep" or "zero", or normalize outside of the graph',
+            )
 
     def _make_plan(self, whole: ModelLayers) -> None:
         chosen = self._choose(whole)

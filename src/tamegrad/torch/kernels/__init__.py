@@ -14,7 +14,7 @@ from tamegrad.torch.kernels import eager
 
 __all__ = ["BACKENDS", "Backend", "BackendName", "Choice", "choose"]
 
-BackendName: TypeAlias = Literal["auto", "cpu", "eager"]
+BackendName: TypeAlias = Literal["auto", "cpu", "gpu", "eager"]
 
 
 class Backend(Protocol):
@@ -43,10 +43,14 @@ def _from_file(name: str) -> Callable[[Plan], Backend]:
     return make
 
 
-BACKENDS: dict[str, Callable[[Plan], Backend]] = {"cpu": _from_file("cpu"), "eager": eager.Kernels}
+BACKENDS: dict[str, Callable[[Plan], Backend]] = {
+    "cpu": _from_file("cpu"),
+    "gpu": _from_file("gpu"),
+    "eager": eager.Kernels,
+}
 
 # What a backend needs beyond PyTorch: the extra and the library in it.
-_NEEDS = {"cpu": ("cpu", "Numba")}
+_NEEDS = {"cpu": ("cpu", "Numba"), "gpu": ("gpu", "Triton")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +112,7 @@ def choose(name: str, parameters: Iterable[Tensor]) -> Choice:
 def _best_for(parameters: list[Tensor]) -> Choice:
     devices = sorted({str(parameter.device) for parameter in parameters})
     if devices != ["cpu"]:
+        # The GPU backend is only taken by name as long as nobody has run it on a GPU.
         return Choice("eager", f"the {len(parameters)} parameters are on {', '.join(devices) or 'no device'}")
     where = "the only parameter is" if len(parameters) == 1 else f"all {len(parameters)} parameters are"
     problem = _problem_with("cpu")
