@@ -20,6 +20,7 @@ from tamegrad.groups import Plan
 from tamegrad.strategies import ClipValue
 from tamegrad.torch.decide import COLUMNS, Decision, Thresholds
 from tamegrad.torch.kernels.gpu_kernels import INTERPRETED, KINDS, add_chunks, apply_chunk, measure_chunk
+from tamegrad.torch.kernels.memory import is_dense
 
 __all__ = ["BLOCK", "CHUNK", "Kernels"]
 
@@ -71,7 +72,7 @@ class Kernels:
         self._copies = {
             place: gradient.contiguous()
             for place, gradient in enumerate(gradients)
-            if gradient is not None and not _is_dense(gradient)
+            if gradient is not None and not is_dense(gradient)
         }
         by_device: dict[torch.device, list[tuple[Tensor, int]]] = {}
         for place, (gradient, group) in enumerate(zip(gradients, self._plan.group_of, strict=True)):
@@ -227,19 +228,6 @@ class _Device:
         # A replay copies from the spare again, and reads the tables: they stay as they are from now on.
         self._replayed.append((self._layout, self._addresses, self._spare))
         self._spare = None
-
-
-def _is_dense(gradient: Tensor) -> bool:
-    """Says whether the values lie next to each other in memory, in whatever order."""
-    if gradient.is_contiguous():
-        return True
-    reach = 1
-    for stride, size in sorted(zip(gradient.stride(), gradient.shape, strict=True)):
-        if size > 1:
-            if stride != reach:
-                return False
-            reach *= size
-    return True
 
 
 def _uploaded(host: Tensor, device: torch.device) -> Tensor:

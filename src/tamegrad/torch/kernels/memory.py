@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["DTYPES", "Located", "Memory", "locate"]
+__all__ = ["DTYPES", "Located", "Memory", "is_dense", "locate"]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
 
@@ -50,13 +50,13 @@ def locate(gradients: Sequence[Tensor | None]) -> Memory | None:
         if gradient.device.type != "cpu":
             return None
         values = gradient
-        if not _is_dense(gradient):
+        if not is_dense(gradient):
             values = memory.stand_ins[position] = gradient.clone(memory_format=torch.contiguous_format)
         memory.table[position] = values.data_ptr(), values.numel(), DTYPES.index(values.dtype)
     return memory
 
 
-def _is_dense(gradient: Tensor) -> bool:
+def is_dense(gradient: Tensor) -> bool:
     """Says whether the values fill their memory, in whatever order the dimensions lie."""
     if gradient.is_contiguous():
         return True
