@@ -11,8 +11,8 @@ run: .venv/run  ## the main job: one network under every strategy
 test: .venv/test
 	$(BIN)/python -m pytest
 
-test-long: .venv/test  ## the property tests with 20,000 examples
-	$(BIN)/python -m pytest tests/contract/test_properties.py --hypothesis-profile=long --hypothesis-show-statistics
+test-long: .venv/test  ## the property tests with 20,000 examples a backend; one test takes minutes
+	$(BIN)/python -m pytest tests/contract/test_properties.py --hypothesis-profile=long --timeout=1800
 
 bench: .venv/bench  ## tamegrad's speed beside other tools', about five minutes; refuses if the contract suite is red
 	$(BIN)/python benchmarks/speed.py --write docs/speed.md
