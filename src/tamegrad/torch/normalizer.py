@@ -13,7 +13,7 @@ from tamegrad.groups import Plan, check_overrides, make_plan
 from tamegrad.policy import Overrides, as_policy
 from tamegrad.report import Report
 from tamegrad.strategies import GradientNormalization, OnNonfinite, check_on_nonfinite
-from tamegrad.torch.decide import Decision, Thresholds, decide
+from tamegrad.torch.decide import Decision, Thresholds
 from tamegrad.torch.gradients import Collector, Gradients
 from tamegrad.torch.kernels import BACKENDS, BackendName, Choice, choose
 from tamegrad.torch.layers import ModelLayers, check_patterns, find_layers
@@ -131,7 +131,7 @@ class GradientNormalizer:
         thresholds = self._thresholds if loss_scale is None else self._thresholds.times(loss_scale)
         table = self._kernels.measure(gradients.values, thresholds)
         self._move_to(table.device)
-        decision = decide(table, thresholds.to(table.device), self._on_nonfinite)
+        decision = self._kernels.decide(table, thresholds.to(table.device), self._on_nonfinite)
         self._nonfinite_counts += decision.nonfinite > 0
         # Reading the device is what "keep" and "zero" spare.
         stopped = self._on_nonfinite in {"skip", "raise"} and bool(decision.nonfinite.any())

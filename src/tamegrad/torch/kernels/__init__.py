@@ -1,4 +1,4 @@
-"""The backends: what touches the big arrays. One file each, with a class `Kernels` of the same two methods."""
+"""The backends: what measures, decides and applies. One file each, with a class `Kernels` of the same three methods."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tamegrad.errors import MissingExtraError, SettingError, quoted
 from tamegrad.groups import Plan
+from tamegrad.strategies import OnNonfinite
 from tamegrad.torch.decide import Decision, Thresholds
 from tamegrad.torch.kernels import eager
 
@@ -27,6 +28,12 @@ class Backend(Protocol):
         """Returns the `(G, COLUMNS)` float64 table of sums that `decide` reads, on the device of the first gradient.
 
         The thresholds are those of the step, which under a loss scale are not the plan's.
+        """
+
+    def decide(self, table: Tensor, thresholds: Thresholds, on_nonfinite: OnNonfinite) -> Decision:
+        """Decides on every group from a table that `measure` gave; what `tamegrad.torch.decide.decide` says, faster.
+
+        Nothing is read from the device.
         """
 
     def apply_(self, gradients: Sequence[Tensor | None], decision: Decision) -> None:

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tamegrad.groups import Plan
-from tamegrad.torch.decide import COLUMNS, Decision, Thresholds
+from tamegrad.strategies import OnNonfinite
+from tamegrad.torch.decide import COLUMNS, Decision, Thresholds, decide
 from tamegrad.torch.kernels import eager
 from tamegrad.torch.kernels.cpu_loops import add_up, change_chunks, measure_chunks
 from tamegrad.torch.kernels.jit import CONVERTS_FLOAT16
@@ -119,6 +120,19 @@ class Kernels:
         table = np.zeros((self._groups, COLUMNS))
         add_up(work.chunks, work.rows, self._group_of, table)
         return torch.from_numpy(table)
+
+    def decide(self, table: Tensor, thresholds: Thresholds, on_nonfinite: OnNonfinite) -> Decision:
+        """Decides on every group.
+
+        Args:
+            table: As `measure` gave it, or a sum of such.
+            thresholds: Of the step, on the table's device.
+            on_nonfinite: What happens to a group with NaN or infinity.
+
+        Returns:
+            The decision.
+        """
+        return decide(table, thresholds, on_nonfinite)
 
     def apply_(self, gradients: Sequence[Tensor | None], decision: Decision) -> None:
         """Applies a decision in place; a group that keeps its values is not touched.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tamegrad.groups import Plan
-from tamegrad.strategies import ClipValue
+from tamegrad.strategies import ClipValue, OnNonfinite
 from tamegrad.torch.decide import (
     AFTER,
     BEFORE,
@@ -19,6 +19,7 @@ from tamegrad.torch.decide import (
     SMALL_FACTOR,
     Decision,
     Thresholds,
+    decide,
 )
 
 __all__ = ["Kernels"]
@@ -58,6 +59,19 @@ class Kernels:
             rows = torch.stack([row.to(home) for row in measured])
             table.index_add_(0, torch.tensor([group for _, group in present], device=home), rows)
         return table
+
+    def decide(self, table: Tensor, thresholds: Thresholds, on_nonfinite: OnNonfinite) -> Decision:
+        """Decides on every group.
+
+        Args:
+            table: As `measure` gave it, or a sum of such.
+            thresholds: Of the step, on the table's device.
+            on_nonfinite: What happens to a group with NaN or infinity.
+
+        Returns:
+            The decision.
+        """
+        return decide(table, thresholds, on_nonfinite)
 
     def apply_(self, gradients: Sequence[Tensor | None], decision: Decision) -> None:
         """Applies a decision in place.

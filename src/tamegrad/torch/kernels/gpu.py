@@ -17,8 +17,8 @@ from torch import Tensor
 
 from tamegrad.errors import SettingError
 from tamegrad.groups import Plan
-from tamegrad.strategies import ClipValue
-from tamegrad.torch.decide import COLUMNS, Decision, Thresholds
+from tamegrad.strategies import ClipValue, OnNonfinite
+from tamegrad.torch.decide import COLUMNS, Decision, Thresholds, decide
 from tamegrad.torch.kernels.gpu_kernels import INTERPRETED, KINDS, add_chunks, apply_chunk, measure_chunk
 from tamegrad.torch.kernels.memory import is_dense
 
@@ -87,6 +87,19 @@ class Kernels:
         for other in others:
             first += other.to(first.device)
         return first
+
+    def decide(self, table: Tensor, thresholds: Thresholds, on_nonfinite: OnNonfinite) -> Decision:
+        """Decides on every group.
+
+        Args:
+            table: As `measure` gave it, or a sum of such.
+            thresholds: Of the step, on the table's device.
+            on_nonfinite: What happens to a group with NaN or infinity.
+
+        Returns:
+            The decision.
+        """
+        return decide(table, thresholds, on_nonfinite)
 
     def apply_(self, gradients: Sequence[Tensor | None], decision: Decision) -> None:
         """Applies a decision in place, in one launch a device; groups that keep their values are not even read.
