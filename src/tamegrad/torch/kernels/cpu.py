@@ -65,14 +65,16 @@ class _Work:
         sizes: `(P, 2)`: how many values each gradient has, and its dtype.
         chunks: `(C, 3)`, dtype by dtype: position of the gradient, first real number, how many.
         kinds: `(C,)`: the dtype of each chunk.
-        tasks: All chunks, shared out for a number of threads.
+        measured: `(M, 3)`: those of the chunks that are measured.
+        tasks: They, shared out for a number of threads.
         threads: That number.
-        rows: `(C, COLUMNS)`, for what the chunks give.
+        rows: `(M, COLUMNS)`, for what they give.
     """
 
     sizes: NDArray[np.int64]
     chunks: NDArray[np.int64]
     kinds: NDArray[np.int64]
+    measured: NDArray[np.int64]
     tasks: list[_Task]
     threads: int
     rows: NDArray[np.float64]
@@ -86,13 +88,15 @@ class Kernels:
 
     Args:
         plan: The plan.
+        counted: For each parameter whether it is measured; all are changed.
     """
 
-    def __init__(self, plan: Plan) -> None:
-        self._eager = eager.Kernels(plan)
+    def __init__(self, plan: Plan, counted: Sequence[bool]) -> None:
+        self._eager = eager.Kernels(plan, counted)
+        self._counted = np.array(counted, dtype=np.bool_)
         self._group_of = np.array(plan.group_of, dtype=np.int64)
         self._groups = len(plan.groups)
-        self._work = _plan_work(np.zeros((0, 2), dtype=np.int64), 1)
+        self._work = _plan_work(np.zeros((0, 2), dtype=np.int64), self._counted, 1)
 
     def measure(self, gradients: Sequence[Tensor | None], thresholds: Thresholds) -> Tensor:
         """Measures all groups.
@@ -112,13 +116,13 @@ class Kernels:
 
         def run(function: Callable[..., Any], task: _Task) -> None:
             kind, first, last = task
-            function(work.chunks, addresses, limits, kind.pairs, first, last, kind.like, work.rows)
+            function(work.measured, addresses, limits, kind.pairs, first, last, kind.like, work.rows)
 
         for kind in _kinds_of(work.tasks):
             run(partial(measure_chunks.prepare, kind.like.dtype), (kind, 0, 0))
         _run_all(work.tasks, partial(run, measure_chunks))
         table = np.zeros((self._groups, COLUMNS))
-        add_up(work.chunks, work.rows, self._group_of, table)
+        add_up(work.measured, work.rows, self._group_of, table)
         return torch.from_numpy(table)
 
     def decide(self, table: Tensor, thresholds: Thresholds, on_nonfinite: OnNonfinite) -> Decision:
@@ -149,11 +153,9 @@ class Kernels:
             self._eager.apply_(gradients, decision)
             return
         work, changes = self._work_for(memory), changed.numpy()[self._group_of]
-        chunks, tasks = work.chunks, work.tasks
-        if not changes.all():
-            chosen = changes[chunks[:, 0]]
-            chunks = chunks[chosen]
-            tasks = _share_out(chunks, work.kinds[chosen], work.threads)
+        chosen = changes[work.chunks[:, 0]]
+        chunks = work.chunks[chosen]
+        tasks = _share_out(chunks, work.kinds[chosen], work.threads)
         columns = decision.first, decision.second, decision.limits, decision.zeroed.to(torch.float64)
         factors, addresses = torch.stack(columns, 1).numpy(), memory.table[:, 0].copy()
 
@@ -173,7 +175,7 @@ class Kernels:
         """Returns the work for these sizes, which mostly are those of the last step."""
         sizes, threads = memory.table[:, 1:], torch.get_num_threads()
         if self._work.threads != threads or not np.array_equal(self._work.sizes, sizes):
-            self._work = _plan_work(sizes.copy(), threads)
+            self._work = _plan_work(sizes.copy(), self._counted, threads)
         return self._work
 
 
@@ -184,11 +186,13 @@ def _located(gradients: Sequence[Tensor | None]) -> Memory | None:
     return None if (memory.table[:, 2] == DTYPES.index(torch.float16)).any() else memory
 
 
-def _plan_work(sizes: NDArray[np.int64], threads: int) -> _Work:
-    """Cuts gradients of certain sizes into chunks, and shares them out."""
+def _plan_work(sizes: NDArray[np.int64], counted: NDArray[np.bool_], threads: int) -> _Work:
+    """Cuts gradients of certain sizes into chunks, and shares out those that are measured."""
     chunks, kinds = cut_into_chunks(sizes)
-    tasks = _share_out(chunks, kinds, threads)
-    return _Work(sizes, chunks, kinds, tasks, threads, np.empty((len(chunks), COLUMNS)))
+    chosen = counted[chunks[:, 0]]
+    measured = chunks[chosen]
+    tasks = _share_out(measured, kinds[chosen], threads)
+    return _Work(sizes, chunks, kinds, measured, tasks, threads, np.empty((len(measured), COLUMNS)))
 
 
 def cut_into_chunks(sizes: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
