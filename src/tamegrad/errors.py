@@ -52,7 +52,8 @@ class NonFiniteGradientError(TamegradError):
     """A gradient holds NaN or infinity and `on_nonfinite="raise"` was asked for; no gradient was changed.
 
     Args:
-        counts: For each parameter that has any, by its full name, how many values are NaN, plus and minus infinity.
+        counts: For each parameter that has any, by its full name, how many values are NaN, plus and minus infinity;
+            none if they are in another stage of a pipeline.
         layers: The layers that these parameters belong to.
 
     Example:
@@ -73,9 +74,10 @@ class NonFiniteGradientError(TamegradError):
             for name, numbers in list(counts.items())[: self.most_named]
         ]
         more = len(counts) - len(named)
+        where = f"layer{'' if len(layers) == 1 else 's'} {quoted(layers[: self.most_named])}"
         super().__init__(
-            f"gradients of layer{'' if len(layers) == 1 else 's'} {quoted(layers[: self.most_named])}",
-            got="; ".join(named) + (f"; and {more} parameters more" if more else ""),
+            f"gradients of {where if layers else 'another stage of the pipeline'}",
+            got="; ".join(named) + (f"; and {more} parameters more" if more else "") or "NaN or infinity, named there",
             allowed="finite values",
             advice='look at the loss and the inputs of this step, or pass on_nonfinite="skip", "zero" or "keep"',
         )

@@ -1,18 +1,23 @@
 """Runs a test on several processes that talk to each other over gloo, as the ranks of a cluster do."""
 
+import functools
 import inspect
 import multiprocessing
+import os
 import pickle
 import runpy
+import sys
 import tempfile
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import distributed as dist
@@ -20,11 +25,16 @@ from torch import distributed as dist
 # What a collective waits for the others, and what a test waits for its processes, in seconds.
 COLLECTIVE_TIMEOUT, TIMEOUT = 40, 100
 
-# Processes are forked from one that has imported what takes long, and has no threads.
+# Processes are forked from one that has done what takes long, and has no threads.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    ["pytest", "tamegrad.torch.kernels.cpu", "torch.distributed.fsdp", "torch.distributed.tensor.parallel"]
-)
+
+
+@functools.cache
+def _start_server() -> None:
+    """Starts the process that others are forked from, which finds modules by its environment alone."""
+    _context.set_forkserver_preload(["support.warm"])
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path))):
+        forkserver.ensure_running()
 
 
 def run_on_ranks(function: Callable[..., Any], ranks: int, *args: Any) -> list[Any]:
@@ -41,6 +51,7 @@ def run_on_ranks(function: Callable[..., Any], ranks: int, *args: Any) -> list[A
     Raises:
         AssertionError: If it raised on some rank, with what it raised, or took too long. No process is left.
     """
+    _start_server()
     with tempfile.TemporaryDirectory() as folder:
         ends, processes = [], []
         for rank in range(ranks):

@@ -83,9 +83,11 @@ class Reduction:
             problem = error
         # Nobody raises before the last collective: others would wait for what this rank no longer joins.
         if self._group is not None:
-            problem = self._compare(self._group, plan, problem) or problem
+            found = self._compare(self._group, plan, problem)
+            problem = problem or found
         for stages in self._stages:
-            problem = stages.compare(plan, problem) or problem
+            found = stages.compare(plan, problem)
+            problem = problem or found
         if problem is not None:
             raise problem
         assert plan is not None
@@ -164,7 +166,7 @@ class _Stages:
             strict=True,
         ):
             if failed is not None:
-                return problem or _stage_error(f"an error on rank {rank}: {failed}", f"mend what rank {rank} says")
+                return _stage_error(f"an error on rank {rank}: {failed}", f"mend what rank {rank} says")
             for name, strategy in theirs.items():
                 if shared.setdefault(name, strategy) != strategy:
                     both = f"{shared[name]} and, on rank {rank}, {strategy} for the group {name!r}"
