@@ -84,7 +84,7 @@ def add_chunks(partial, ends, table, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     tl.store(table + group.to(tl.int64) * COLUMNS + columns, tl.sum(sums, 0), mask=columns < COLUMNS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups"])
 def decide_groups(
     table,
     largest,
@@ -182,14 +182,14 @@ def _measure(values, start, stop, limit, row, LIMITED: tl.constexpr, PAIRS: tl.c
 @triton.jit
 def _sum_chunk(values, start, stop, limit, row, LIMITED: tl.constexpr, AS_PAIRS: tl.constexpr, BLOCK: tl.constexpr):
     """Stores the sums of squares before and after, and the count of cut values; returns the sum before."""
-    small, middle, big = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
+    LANES: tl.constexpr = BLOCK // 2 if AS_PAIRS else BLOCK
+    small, middle, big = tl.zeros((LANES,), tl.float64), tl.zeros((LANES,), tl.float64), tl.zeros((LANES,), tl.float64)
     small_after, middle_after, big_after, cut = small, middle, big, small
     RANGES: tl.constexpr = values.dtype.element_ty == tl.float64
-    WIDTH: tl.constexpr = 2 * BLOCK if AS_PAIRS else BLOCK
-    whole = start + (stop - start) // WIDTH * WIDTH
+    whole = start + (stop - start) // BLOCK * BLOCK
     # Whole blocks first, without a mask, which would have every value loaded on its own; then what is left, if any.
     for PART in tl.static_range(2):
-        for begin in range(start if PART == 0 else whole, whole if PART == 0 else stop, WIDTH):
+        for begin in range(start if PART == 0 else whole, whole if PART == 0 else stop, BLOCK):
             real, imaginary = _load(values, begin, stop, AS_PAIRS, PART == 1, BLOCK)
             small, middle, big = _add(real, imaginary, small, middle, big, RANGES, AS_PAIRS)
             if LIMITED:
@@ -219,10 +219,9 @@ def _count_nonfinite(values, start, stop, row, BLOCK: tl.constexpr):
 
 @triton.jit
 def _change_chunk(values, start, stop, first, second, limit, zero, AS_PAIRS: tl.constexpr, BLOCK: tl.constexpr):
-    WIDTH: tl.constexpr = 2 * BLOCK if AS_PAIRS else BLOCK
-    whole = start + (stop - start) // WIDTH * WIDTH
+    whole = start + (stop - start) // BLOCK * BLOCK
     for PART in tl.static_range(2):
-        for begin in range(start if PART == 0 else whole, whole if PART == 0 else stop, WIDTH):
+        for begin in range(start if PART == 0 else whole, whole if PART == 0 else stop, BLOCK):
             real, imaginary = _load(values, begin, stop, AS_PAIRS, PART == 1, BLOCK)
             real, imaginary = _limited(real * first * second, imaginary * first * second, limit, AS_PAIRS)
             real, imaginary = tl.where(zero, 0.0, real), tl.where(zero, 0.0, imaginary)
@@ -292,9 +291,9 @@ def _norm(small, middle, big):
 
 @triton.jit
 def _load(values, begin, stop, AS_PAIRS: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr):
-    """Returns a block of values in float64: real and imaginary parts, which for real values are the same."""
+    """Returns a block of real numbers in float64: real and imaginary parts, or twice the same where not `AS_PAIRS`."""
     if AS_PAIRS:
-        places = begin + 2 * tl.arange(0, BLOCK)
+        places = begin + 2 * tl.arange(0, BLOCK // 2)
         real = _widened(tl.load(values + places, mask=places < stop, other=0.0))
         imaginary = _widened(tl.load(values + places + 1, mask=places < stop, other=0.0))
     else:
@@ -310,7 +309,7 @@ def _load(values, begin, stop, AS_PAIRS: tl.constexpr, MASKED: tl.constexpr, BLO
 @triton.jit
 def _store(values, begin, stop, real, imaginary, AS_PAIRS: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr):
     if AS_PAIRS:
-        places = begin + 2 * tl.arange(0, BLOCK)
+        places = begin + 2 * tl.arange(0, BLOCK // 2)
         tl.store(values + places, _narrowed(real, values.dtype.element_ty), mask=places < stop)
         tl.store(values + places + 1, _narrowed(imaginary, values.dtype.element_ty), mask=places < stop)
     else:
