@@ -1,5 +1,6 @@
 """The GPU backend's kernels, run on the CPU by Triton's interpreter, and compiled for GPUs that need not be there."""
 
+import itertools
 import math
 import os
 import subprocess
@@ -7,15 +8,17 @@ import sys
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from support.contract import Case, Tensors, assert_contract, bits, every_strategy
+from support.contract import NORM_TOLERANCE, Case, Tensors, assert_contract, bits, every_strategy
 from tamegrad import Clip, ClipValue, Keep, Policy, Renormalize, SettingError
 from tamegrad.strategies import OnNonfinite, Strategy
 from tamegrad.torch import GradientNormalizer
-from tamegrad.torch.decide import Thresholds, decide
+from tamegrad.torch.decide import AFTER, BEFORE, COLUMNS, CUT, NONFINITE, Decision, Thresholds, decide
 from tamegrad.torch.gradients import DTYPES
 from tamegrad.torch.kernels import gpu
 from tamegrad.torch.kernels.gpu_kernels import INTERPRETED
@@ -116,7 +119,10 @@ def test_all_dtypes_and_groups_of_interleaved_parameters_share_the_launches(laun
     }
     policy = Policy(Clip(0.5, per="param_type"), {"layer1": ClipValue(0.1), "layer*/bias": Clip(0.2, per="model")})
     assert_contract(Case.of(gradients), policy, GPU)
-    assert launches == {"measure_chunk": 1, "add_chunks": 1, "apply_chunk": 1}
+    assert launches == dict.fromkeys(LAUNCHED, 1)
+
+
+LAUNCHED = ["measure_chunk", "add_chunks", "decide_groups", "apply_chunk"]
 
 
 @pytest.fixture
@@ -132,16 +138,133 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
             counts[self.name] += 1
             return self.kernel[grid]
 
-    for name in ("measure_chunk", "add_chunks", "apply_chunk"):
+    for name in LAUNCHED:
         monkeypatch.setattr(gpu, name, Counted(name))
     return counts
 
 
 @pytest.mark.parametrize("layers", [1, 30])
-def test_a_step_takes_three_launches_whatever_the_number_of_layers(layers: int, launches: Counter[str]) -> None:
+def test_a_step_takes_four_launches_whatever_the_number_of_layers(layers: int, launches: Counter[str]) -> None:
     case = Case.of({f"layer{place}": {"weight": drawn(5, seed=place)} for place in range(layers)})
     GradientNormalizer(case.model, Clip(0.1), backend=GPU).normalize_()
-    assert launches.total() == 3
+    assert launches.total() == 4
+
+
+class Launches(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch has no types there
+    """Lists PyTorch's operations that take a launch: all but those that allocate memory or show it in another way."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func._schema.returns
+        is_view = all(value.alias_info is not None and not value.alias_info.is_write for value in made)
+        if not is_view and func is not torch.ops.aten.empty.memory_format:
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("on_nonfinite", ["keep", "zero"])
+@pytest.mark.parametrize("strategy", [Clip(0.1), ClipValue(0.1), Renormalize()], ids=str)
+@pytest.mark.parametrize("tensors", [1, 200])
+def test_nothing_is_launched_between_the_kernels(
+    tensors: int, strategy: Strategy, on_nonfinite: OnNonfinite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = GradientNormalizer([(f"{n}.weight", torch.nn.Parameter(drawn(5))) for n in range(tensors)], strategy).plan
+    kernels, thresholds = gpu.Kernels(plan, [True] * len(plan.parameters)), Thresholds.of(plan)
+    listed = Launches()
+
+    class Listed:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *_, **__: listed.names.append(self.name)
+
+    for name in LAUNCHED:
+        monkeypatch.setattr(gpu, name, Listed(name))
+    # The second step has other tensors than the first, as `zero_grad` makes them.
+    steps = [[drawn(5, seed=step)] * tensors for step in range(2)]
+    for gradients in steps:
+        listed.names.clear()
+        with listed:
+            table = kernels.measure(gradients, thresholds)
+            kernels.apply_(gradients, kernels.decide(table, thresholds, on_nonfinite))
+    assert listed.names == LAUNCHED
+
+
+def assert_decided_as_on_the_host(
+    table: Tensor, thresholds: Thresholds, on_nonfinite: OnNonfinite, tolerance: float
+) -> Decision:
+    plan = GradientNormalizer([("out.weight", torch.nn.Parameter(drawn(5)))], Clip(1.0)).plan
+    expected = decide(table, thresholds, on_nonfinite)
+    actual = gpu.Kernels(plan, [True] * len(plan.parameters)).decide(table, thresholds, on_nonfinite)
+    for name in Decision.__slots__:
+        ours, theirs = getattr(actual, name), getattr(expected, name)
+        assert ours.dtype == theirs.dtype, name
+        # The total norm is of sums over the groups, which NumPy adds up one by one.
+        allowed = NORM_TOLERANCE if name == "total_norm" else tolerance
+        np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=allowed, atol=0, err_msg=name)
+    return actual
+
+
+@pytest.mark.parametrize("on_nonfinite", ["keep", "zero"])
+@pytest.mark.parametrize("groups", [1, 63, 64, 65, 127, 128, 129, 1000])
+# In one range all is rounded as on the host. The root of two ranges is NumPy's `hypot` there, and here one rounding.
+@pytest.mark.parametrize(("ranges", "tolerance"), [((0,), 0.0), ((1,), 0.0), ((0, 1), 1e-15), ((0, 1, 2), 1e-15)])
+def test_decides_as_the_host_does(
+    groups: int, ranges: tuple[int, ...], tolerance: float, on_nonfinite: OnNonfinite
+) -> None:
+    generator = torch.Generator().manual_seed(groups)
+
+    def uniform(low: float = 0.0, high: float = 1.0) -> Tensor:
+        return torch.empty(groups, dtype=torch.float64).uniform_(low, high, generator=generator)
+
+    table = torch.zeros(groups, COLUMNS, dtype=torch.float64)
+    for columns in (BEFORE, AFTER):
+        for column in ranges:
+            table[:, columns][:, column] = torch.where(uniform() < 0.6, 10 ** uniform(-8, 8), 0)
+    table[:, NONFINITE] = (torch.rand(groups, 3, generator=generator) < 0.05).double()
+    table[:, CUT] = torch.where(uniform() < 0.3, 3.0, 0.0)
+    norms = torch.where(uniform() < 0.2, math.inf, 10 ** uniform(-4, 4))
+    thresholds = Thresholds(norms, uniform(), (uniform() < 0.5) & norms.isfinite())
+    assert_decided_as_on_the_host(table, thresholds, on_nonfinite, tolerance)
+
+
+def test_decides_as_the_host_does_at_the_edges_of_what_can_be_measured() -> None:
+    # Of each range nothing, the smallest and nearly the largest square, something between, and what is not finite.
+    small = [0.0, 2.0**-1074, 2.0**-500, 2.0**52]
+    middle = [0.0, 2.0**-1022, 2.0**-1021, 4.0, 2.0**972, math.inf, math.nan]
+    big = [0.0, 2.0**-104, 1.7, 2.0**960, math.inf]
+    sums = torch.tensor(list(itertools.product(big, middle, small)), dtype=torch.float64).flip(1)
+    bad = ~sums.isfinite().all(1)
+    # A norm of exactly 2 is left alone.
+    choices = list(itertools.product([1e-300, 2.0, 1e300, math.inf], [0.0, 1.0], [0.0, 2.0]))
+    norms, renormalizes, cut = torch.tensor(choices, dtype=torch.float64).T.repeat(1, len(sums))
+    table = torch.zeros(len(norms), COLUMNS, dtype=torch.float64)
+    table[:, BEFORE] = sums.repeat_interleave(len(choices), 0)
+    # Cutting makes a norm smaller, and the sums are in ascending order.
+    table[len(choices) :, AFTER] = table[: -len(choices), BEFORE].nan_to_num(0.0, 0.0)
+    table[:, NONFINITE.start] = bad.double().repeat_interleave(len(choices))
+    table[:, CUT] = torch.where(table[:, BEFORE].any(1), cut, 0.0)
+    thresholds = Thresholds(norms, torch.full_like(norms, 0.5), (renormalizes > 0) & norms.isfinite())
+    assert_decided_as_on_the_host(table, thresholds, "zero", 1e-15)
+    finite = table[:, NONFINITE.start] == 0
+    kept = Thresholds(*(getattr(thresholds, name)[finite] for name in Thresholds.__slots__))
+    decision = assert_decided_as_on_the_host(table[finite], kept, "keep", 1e-15)
+    assert decision.total_norm.isfinite()
+
+
+def test_the_host_decides_where_there_is_no_gradient_and_no_interpreter(
+    monkeypatch: pytest.MonkeyPatch, launches: Counter[str]
+) -> None:
+    monkeypatch.setattr(gpu, "INTERPRETED", False)
+    plan = GradientNormalizer([("out.weight", torch.nn.Parameter(drawn(5)))], Clip(1.0)).plan
+    kernels, thresholds = gpu.Kernels(plan, [True] * len(plan.parameters)), Thresholds.of(plan)
+    decision = kernels.decide(kernels.measure([None], thresholds), thresholds, "keep")
+    assert decision.norms.tolist() == [0]
+    assert not launches
 
 
 def normalized(gradients: Tensors, policy: object) -> tuple[GradientNormalizer, Case]:
@@ -282,12 +405,13 @@ from tamegrad.torch.kernels import gpu, gpu_kernels
 backend, arch, warp, present, limited = sys.argv[1:]
 target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, int(warp))
 constants = {"PRESENT": int(present), "LIMITED": limited == "True", "ALIGNED": True, "CHUNK": gpu.CHUNK,
-             "BLOCK": gpu.BLOCK, "ROWS": 64, "WIDTH": 16}
-integers = {"addresses", "facts", "chunks", "ends"}
-for kernel in (gpu_kernels.measure_chunk, gpu_kernels.add_chunks, gpu_kernels.apply_chunk):
-    types = {name: "*i64" if name in integers else "*fp64" for name in kernel.arg_names}
-    types |= {name: "constexpr" for name in types if name in constants}
-    types |= {name: "*i1" for name in types if name == "zeroed"}
+             "BLOCK": gpu.BLOCK, "ROWS": 64, "WIDTH": 16, "ZEROES": limited == "True"}
+special = dict.fromkeys(constants, "constexpr") | {"groups": "i32"}
+special |= dict.fromkeys(["addresses", "facts", "chunks", "ends", "nonfinite"], "*i64")
+special |= dict.fromkeys(["zeroed", "renormalizes", "flags"], "*i1")
+for name in ("measure_chunk", "add_chunks", "decide_groups", "apply_chunk"):
+    kernel = getattr(gpu_kernels, name)
+    types = {name: special.get(name, "*fp64") for name in kernel.arg_names}
     known = {(kernel.arg_names.index(name),): value for name, value in constants.items() if name in types}
     compile(ASTSource(kernel, types, known), target=target, options={"enable_fp_fusion": True})
 """
