@@ -168,11 +168,12 @@ class Launches(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch h
 @pytest.mark.parametrize("on_nonfinite", ["keep", "zero"])
 @pytest.mark.parametrize("strategy", [Clip(0.1), ClipValue(0.1), Renormalize()], ids=str)
 @pytest.mark.parametrize("tensors", [1, 200])
-def test_nothing_is_launched_between_the_kernels(
+def test_nothing_is_launched_but_the_kernels(
     tensors: int, strategy: Strategy, on_nonfinite: OnNonfinite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = GradientNormalizer([(f"{n}.weight", torch.nn.Parameter(drawn(5))) for n in range(tensors)], strategy).plan
-    kernels, thresholds = gpu.Kernels(plan, [True] * len(plan.parameters)), Thresholds.of(plan)
+    parameters = [torch.nn.Parameter(drawn(5)) for _ in range(tensors)]
+    named = [(f"{place}.weight", parameter) for place, parameter in enumerate(parameters)]
+    normalizer = GradientNormalizer(named, strategy, on_nonfinite=on_nonfinite, backend=GPU)
     listed = Launches()
 
     class Listed:
@@ -185,12 +186,12 @@ def test_nothing_is_launched_between_the_kernels(
     for name in LAUNCHED:
         monkeypatch.setattr(gpu, name, Listed(name))
     # The second step has other tensors than the first, as `zero_grad` makes them.
-    steps = [[drawn(5, seed=step)] * tensors for step in range(2)]
-    for gradients in steps:
+    for step in range(2):
+        for place, parameter in enumerate(parameters):
+            parameter.grad = drawn(5, seed=tensors * step + place)
         listed.names.clear()
         with listed:
-            table = kernels.measure(gradients, thresholds)
-            kernels.apply_(gradients, kernels.decide(table, thresholds, on_nonfinite))
+            normalizer.normalize_()
     assert listed.names == LAUNCHED
 
 
@@ -199,7 +200,9 @@ def assert_decided_as_on_the_host(
 ) -> Decision:
     plan = GradientNormalizer([("out.weight", torch.nn.Parameter(drawn(5)))], Clip(1.0)).plan
     expected = decide(table, thresholds, on_nonfinite)
-    actual = gpu.Kernels(plan, [True] * len(plan.parameters)).decide(table, thresholds, on_nonfinite)
+    steps = torch.full((len(table),), 5)
+    actual = gpu.Kernels(plan, [True] * len(plan.parameters)).decide(table, thresholds, on_nonfinite, steps)
+    assert steps.equal(5 + (expected.nonfinite > 0))
     for name in Decision.__slots__:
         ours, theirs = getattr(actual, name), getattr(expected, name)
         assert ours.dtype == theirs.dtype, name
@@ -262,7 +265,9 @@ def test_the_host_decides_where_there_is_no_gradient_and_no_interpreter(
     monkeypatch.setattr(gpu, "INTERPRETED", False)
     plan = GradientNormalizer([("out.weight", torch.nn.Parameter(drawn(5)))], Clip(1.0)).plan
     kernels, thresholds = gpu.Kernels(plan, [True] * len(plan.parameters)), Thresholds.of(plan)
-    decision = kernels.decide(kernels.measure([None], thresholds), thresholds, "keep")
+    decision = kernels.decide(
+        kernels.measure([None], thresholds), thresholds, "keep", torch.zeros(1, dtype=torch.int64)
+    )
     assert decision.norms.tolist() == [0]
     assert not launches
 
@@ -407,7 +412,7 @@ target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, int(warp))
 constants = {"PRESENT": int(present), "LIMITED": limited == "True", "ALIGNED": True, "CHUNK": gpu.CHUNK,
              "BLOCK": gpu.BLOCK, "ROWS": 64, "WIDTH": 16, "ZEROES": limited == "True"}
 special = dict.fromkeys(constants, "constexpr") | {"groups": "i32"}
-special |= dict.fromkeys(["addresses", "facts", "chunks", "ends", "nonfinite"], "*i64")
+special |= dict.fromkeys(["addresses", "facts", "chunks", "ends", "nonfinite", "steps"], "*i64")
 special |= dict.fromkeys(["zeroed", "renormalizes", "flags"], "*i1")
 for name in ("measure_chunk", "add_chunks", "decide_groups", "apply_chunk"):
     kernel = getattr(gpu_kernels, name)

@@ -147,14 +147,13 @@ class GradientNormalizer:
         thresholds = self._thresholds if loss_scale is None else self._thresholds.times(loss_scale)
         table, total = self._reduction.reduce(self._kernels.measure(gradients.values, thresholds))
         self._move_to(table.device)
-        decision = self._kernels.decide(table, thresholds.to(table.device), self._on_nonfinite)
-        nonfinite = decision.nonfinite.any()
+        # Decides and counts the steps at once, which on a GPU is one launch.
+        decision = self._kernels.decide(table, thresholds.to(table.device), self._on_nonfinite, self._nonfinite_counts)
         if total is not None:
-            nonfinite = total[NONFINITE].any()
             decision = dataclasses.replace(decision, total_norm=norm_of(total))
-        self._nonfinite_counts += decision.nonfinite > 0
+        nonfinite = decision.nonfinite if total is None else total[NONFINITE]
         # Reading the device is what "keep" and "zero" spare.
-        stopped = self._on_nonfinite in {"skip", "raise"} and bool(nonfinite)
+        stopped = self._on_nonfinite in {"skip", "raise"} and bool(nonfinite.any())
         if stopped and self._on_nonfinite == "raise" and not scaler_skips:
             raise self._nonfinite_error(gradients)
         if stopped:

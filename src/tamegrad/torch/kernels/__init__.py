@@ -33,10 +33,11 @@ class Backend(Protocol):
         The thresholds are those of the step, which under a loss scale are not the plan's.
         """
 
-    def decide(self, table: Tensor, thresholds: Thresholds, on_nonfinite: OnNonfinite) -> Decision:
+    def decide(self, table: Tensor, thresholds: Thresholds, on_nonfinite: OnNonfinite, steps: Tensor) -> Decision:
         """Decides on every group from a table that `measure` gave; what `tamegrad.torch.decide.decide` says, faster.
 
-        Nothing is read from the device.
+        Adds 1 to `steps`, `(G,)` int64 on the table's device, where a group is not finite. Nothing is read from the
+        device.
         """
 
     def apply_(self, gradients: Sequence[Tensor | None], decision: Decision) -> None:

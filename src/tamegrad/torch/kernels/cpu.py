@@ -125,18 +125,21 @@ class Kernels:
         add_up(work.measured, work.rows, self._group_of, table)
         return torch.from_numpy(table)
 
-    def decide(self, table: Tensor, thresholds: Thresholds, on_nonfinite: OnNonfinite) -> Decision:
+    def decide(self, table: Tensor, thresholds: Thresholds, on_nonfinite: OnNonfinite, steps: Tensor) -> Decision:
         """Decides on every group.
 
         Args:
             table: As `measure` gave it, or a sum of such.
             thresholds: Of the step, on the table's device.
             on_nonfinite: What happens to a group with NaN or infinity.
+            steps: `(G,)` int64 on the table's device; 1 is added to it for each group with NaN or infinity.
 
         Returns:
             The decision.
         """
-        return decide(table, thresholds, on_nonfinite)
+        decision = decide(table, thresholds, on_nonfinite)
+        steps += decision.nonfinite > 0
+        return decision
 
     def apply_(self, gradients: Sequence[Tensor | None], decision: Decision) -> None:
         """Applies a decision in place; a group that keeps its values is not touched.

@@ -109,19 +109,22 @@ class Kernels:
             first += other.to(first.device)
         return first
 
-    def decide(self, table: Tensor, thresholds: Thresholds, on_nonfinite: OnNonfinite) -> Decision:
+    def decide(self, table: Tensor, thresholds: Thresholds, on_nonfinite: OnNonfinite, steps: Tensor) -> Decision:
         """Decides on every group in one launch.
 
         Args:
             table: As `measure` gave it, or a sum of such.
             thresholds: Of the step, on the table's device.
             on_nonfinite: What happens to a group with NaN or infinity.
+            steps: `(G,)` int64 on the table's device; 1 is added to it for each group with NaN or infinity.
 
         Returns:
             The decision, as views of what the launch writes.
         """
         if table.device.type == "cpu" and not INTERPRETED:
-            return decide(table, thresholds, on_nonfinite)
+            decision = decide(table, thresholds, on_nonfinite)
+            steps += decision.nonfinite > 0
+            return decision
         groups = len(table)
         with _on(table.device):
             numbers = torch.empty(len(NUMBERS), groups, dtype=torch.float64, device=table.device)
@@ -135,6 +138,7 @@ class Kernels:
                 numbers,
                 nonfinite,
                 flags,
+                steps,
                 groups,
                 ZEROES=on_nonfinite == "zero",
                 BLOCK=_GROUPS,

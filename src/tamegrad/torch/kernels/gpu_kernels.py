@@ -93,6 +93,7 @@ def decide_groups(
     numbers,
     nonfinite,
     flags,
+    steps,
     groups,
     ZEROES: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -104,7 +105,7 @@ def decide_groups(
         _total_norm(table, groups, numbers + TOTAL_NORM * groups, ROWS)
     else:
         group = block * BLOCK + tl.arange(0, BLOCK)
-        _decide(table, largest, limits, renormalizes, numbers, nonfinite, flags, group, groups, ZEROES)
+        _decide(table, largest, limits, renormalizes, numbers, nonfinite, flags, steps, group, groups, ZEROES)
 
 
 @triton.jit
@@ -240,7 +241,9 @@ def _total_norm(table, groups, total, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _decide(table, largest, limits, renormalizes, numbers, nonfinite, flags, group, groups, ZEROES: tl.constexpr):
+def _decide(
+    table, largest, limits, renormalizes, numbers, nonfinite, flags, steps, group, groups, ZEROES: tl.constexpr
+):
     """Decides on a block of groups; `decide.py` has the same in the same order and says why."""
     inside = group < groups
     row = table + group * COLUMNS
@@ -257,6 +260,7 @@ def _decide(table, largest, limits, renormalizes, numbers, nonfinite, flags, gro
     cut = finite & (tl.load(row + CUT, mask=inside, other=0.0) > 0)
     zero = (bad != 0) & ZEROES
     tl.store(nonfinite + group, bad.to(tl.int64), mask=inside)
+    tl.store(steps + group, tl.load(steps + group, mask=inside, other=0) + (bad != 0), mask=inside)
     tl.store(flags + group, over | cut, mask=inside)
     tl.store(flags + groups + group, zero, mask=inside)
 
