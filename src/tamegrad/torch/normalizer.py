@@ -132,9 +132,11 @@ class GradientNormalizer:
         table = self._kernels.measure(gradients.values, thresholds)
         self._move_to(table.device)
         decision = self._kernels.decide(table, thresholds.to(table.device), self._on_nonfinite)
-        self._nonfinite_counts += decision.nonfinite > 0
-        # Reading the device is what "keep" and "zero" spare.
-        stopped = self._on_nonfinite in {"skip", "raise"} and bool(decision.nonfinite.any())
+        stopped = False
+        if decision.may_be_nonfinite:
+            self._nonfinite_counts += decision.nonfinite > 0
+            # Reading the device is what "keep" and "zero" spare.
+            stopped = self._on_nonfinite in {"skip", "raise"} and bool(decision.nonfinite.any())
         if stopped and self._on_nonfinite == "raise" and not scaler_skips:
             raise self._nonfinite_error(gradients)
         if stopped:

@@ -24,6 +24,7 @@ from tamegrad.groups import Plan
 from tamegrad.strategies import OnNonfinite
 from tamegrad.torch.decide import COLUMNS, Decision, Thresholds, decide
 from tamegrad.torch.kernels import eager
+from tamegrad.torch.kernels.cpu_decide import decide_compiled
 from tamegrad.torch.kernels.cpu_loops import add_up, change_chunks, measure_chunks
 from tamegrad.torch.kernels.jit import CONVERTS_FLOAT16
 from tamegrad.torch.kernels.memory import DTYPES, Located, Memory, locate
@@ -132,7 +133,8 @@ class Kernels:
         Returns:
             The decision.
         """
-        return decide(table, thresholds, on_nonfinite)
+        on_host = table.device.type == "cpu"
+        return (decide_compiled if on_host else decide)(table, thresholds, on_nonfinite)
 
     def apply_(self, gradients: Sequence[Tensor | None], decision: Decision) -> None:
         """Applies a decision in place; a group that keeps its values is not touched.
@@ -141,9 +143,9 @@ class Kernels:
             gradients: As they were measured.
             decision: What to do with each group.
         """
-        changed = decision.changed
-        if not bool(changed.any()):
+        if not decision.may_change:
             return
+        changed = decision.changed
         memory = _located(gradients)
         if memory is None:
             self._eager.apply_(gradients, decision)
