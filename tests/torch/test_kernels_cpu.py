@@ -21,6 +21,7 @@ from tamegrad import Clip, ClipValue, Keep, MissingExtraError, Renormalize
 from tamegrad.torch import GradientNormalizer, normalize_grad_
 from tamegrad.torch.gradients import DTYPES, Collector
 from tamegrad.torch.kernels import choose, cpu, objects
+from tamegrad.torch.kernels.layout import find_layout
 
 LENGTHS = (0, 1, 2, 63, 64, 65, 1000, 4095, 4097, cpu.CHUNK - 1, cpu.CHUNK, cpu.CHUNK + 1, 3 * cpu.CHUNK + 7)
 STRATEGIES = [Clip(1.0), Clip(1.0, per="tensor"), ClipValue(0.5), Renormalize(per="model")]
@@ -268,6 +269,49 @@ def test_what_is_found_in_memory_does_not_depend_on_how_it_is_asked(monkeypatch:
     assert quick.memory.table.tolist() == slow.memory.table.tolist()
     assert not quick.memory.stand_ins
     assert not slow.memory.stand_ins
+
+
+@pytest.mark.parametrize("spacing", [1, 16, 2**12, 2**21])
+def test_memory_that_two_gradients_share_is_found_wherever_it_is(spacing: int) -> None:
+    # Nothing but the touched pages of this take memory.
+    memory = torch.from_numpy(np.zeros(101 * spacing, dtype=np.float32))
+    parameters = [nn.Parameter(torch.zeros(1)) for _ in range(100)]
+    for index, parameter in enumerate(parameters):
+        parameter.grad = memory[index * spacing :][:1]
+    collector = Collector(parameters, ["p"] * 100, located=True)
+    assert collector.collect().values.count(None) == 0
+    for first, second in ((0, 99), (17, 18), (50, 3)):
+        kept = parameters[second].grad
+        parameters[second].grad = memory[first * spacing :][:1]
+        assert [index for index, value in enumerate(collector.collect().values) if value is None] == [
+            max(first, second)
+        ]
+        parameters[second].grad = kept
+
+
+@pytest.mark.skipif(not objects.AVAILABLE, reason="this PyTorch is too old for the walk")
+def test_tensors_are_laid_out_as_the_walk_expects() -> None:
+    layout = find_layout()
+    assert layout is not None
+    parameter = nn.Parameter(torch.zeros(3))
+    parameter.grad = torch.ones(3)
+
+    def follow(address: int, distance: int) -> int:
+        return ctypes.c_int64.from_address(address + distance).value
+
+    autograd = follow(follow(id(parameter), layout.tensor), layout.autograd)
+    assert follow(autograd, layout.gradient) == parameter.grad._cdata
+    assert follow(torch.zeros(3)._cdata, layout.autograd) == 0
+
+
+def test_collects_the_same_where_the_layout_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_with([torch.randn(2, 3) for _ in range(40)])
+    collector = Collector(list(model.parameters()), [""] * 40, located=True)
+    known: Any = collector.collect().values
+    monkeypatch.setattr(objects, "_LAYOUT", np.zeros(3, dtype=np.int64))
+    unknown: Any = collector.collect().values
+    assert all(a is b for a, b in zip(known, unknown, strict=True))
+    assert known.memory.table.tolist() == unknown.memory.table.tolist()
 
 
 def test_no_gradient_is_kept_alive() -> None:

@@ -25,7 +25,7 @@ from tamegrad.strategies import OnNonfinite
 from tamegrad.torch.decide import COLUMNS, Decision, Thresholds, decide
 from tamegrad.torch.kernels import eager
 from tamegrad.torch.kernels.cpu_decide import decide_compiled
-from tamegrad.torch.kernels.cpu_loops import add_up, change_chunks, measure_chunks
+from tamegrad.torch.kernels.cpu_loops import add_up, change_chunks, has_sizes, measure_chunks
 from tamegrad.torch.kernels.jit import CONVERTS_FLOAT16
 from tamegrad.torch.kernels.memory import DTYPES, Located, Memory, locate
 
@@ -94,6 +94,7 @@ class Kernels:
         self._group_of = np.array(plan.group_of, dtype=np.int64)
         self._groups = len(plan.groups)
         self._work = _plan_work(np.zeros((0, 2), dtype=np.int64), 1)
+        self._thresholds: Thresholds | None = None
 
     def measure(self, gradients: Sequence[Tensor | None], thresholds: Thresholds) -> Tensor:
         """Measures all groups.
@@ -109,7 +110,7 @@ class Kernels:
         if memory is None:
             return self._eager.measure(gradients, thresholds)
         work = self._work_for(memory)
-        addresses, limits = memory.table[:, 0].copy(), thresholds.values.cpu().numpy()[self._group_of]
+        addresses, limits = memory.table[:, 0].copy(), self._limits_of(thresholds)
 
         def run(function: Callable[..., Any], task: _Task) -> None:
             kind, first, last = task
@@ -171,11 +172,18 @@ class Kernels:
             if changes[position] and gradient is not None:
                 gradient.copy_(values)
 
+    def _limits_of(self, thresholds: Thresholds) -> NDArray[np.float64]:
+        """Returns how large the values of each parameter may be, by thresholds that mostly are the last step's."""
+        if thresholds is not self._thresholds:
+            limits: NDArray[np.float64] = thresholds.values.cpu().numpy()
+            self._thresholds, self._limits = thresholds, limits[self._group_of]
+        return self._limits
+
     def _work_for(self, memory: Memory) -> _Work:
         """Returns the work for these sizes, which mostly are those of the last step."""
-        sizes, threads = memory.table[:, 1:], torch.get_num_threads()
-        if self._work.threads != threads or not np.array_equal(self._work.sizes, sizes):
-            self._work = _plan_work(sizes.copy(), threads)
+        threads = torch.get_num_threads()
+        if self._work.threads != threads or not has_sizes(memory.table, self._work.sizes):
+            self._work = _plan_work(memory.table[:, 1:].copy(), threads)
         return self._work
 
 

@@ -24,7 +24,7 @@ from tamegrad.torch.decide import (
 )
 from tamegrad.torch.kernels.jit import Entry, half_to_single, inlined, pointer_to, reordered, single_to_half
 
-__all__ = ["add_up", "change_chunks", "measure_chunks"]
+__all__ = ["add_up", "change_chunks", "has_sizes", "measure_chunks"]
 
 # Sums are taken in blocks, so that the rounding errors of a long sum stay small.
 BLOCK = 4096
@@ -184,6 +184,16 @@ def _add_up(chunks: Any, rows: Any, group_of: Any, table: Any) -> None:
             table[group, column] += rows[index, column]
 
 
+def _has_sizes(table: Any, sizes: Any) -> Any:
+    """Says whether a table of where gradients are has these sizes and dtypes in its last two columns."""
+    if table.shape[0] != sizes.shape[0]:
+        return False
+    for index in range(table.shape[0]):
+        if table[index, 1] != sizes[index, 0] or table[index, 2] != sizes[index, 1]:
+            return False
+    return True
+
+
 @inlined
 def _scale(values: Any, first: Any, second: Any) -> None:
     for index in range(values.size):
@@ -229,4 +239,5 @@ Table = NDArray[Any]
 
 measure_chunks = Entry(_measure_chunks, nogil=True)
 add_up = Entry(_add_up, nogil=True)
+has_sizes = Entry(_has_sizes, nogil=True)
 change_chunks = Entry(_change_chunks, nogil=True)

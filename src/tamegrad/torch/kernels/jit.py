@@ -15,7 +15,7 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-__all__ = ["Entry", "call", "inlined", "load", "pointer_to", "reordered"]
+__all__ = ["Entry", "call", "inlined", "load", "pointer_to", "prefetch", "reordered"]
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
@@ -122,6 +122,21 @@ def load(_: Any, address: Any) -> Any:
         return builder.load(builder.inttoptr(args[0], _WORD.as_pointer()))
 
     return types.int64(address), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def prefetch(_: Any, address: Any) -> Any:
+    """Has the cache line at an address fetched, without waiting for it; an address of nothing does no harm."""
+
+    def generate(context: Any, builder: Any, __: Any, args: Any) -> Any:
+        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        takes = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        function = builder.module.declare_intrinsic("llvm.prefetch", (byte,), takes)
+        # To read, into every level of the cache, data.
+        builder.call(function, [builder.inttoptr(args[0], byte), number(0), number(3), number(1)])
+        return context.get_dummy_value()
+
+    return types.none(address), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]
