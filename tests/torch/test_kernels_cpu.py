@@ -2,6 +2,7 @@
 
 import ctypes
 import logging
+import math
 import mmap
 import os
 import subprocess
@@ -20,10 +21,11 @@ from torch import Tensor, nn
 from tamegrad import Clip, ClipValue, Keep, MissingExtraError, Renormalize
 from tamegrad.torch import GradientNormalizer, normalize_grad_
 from tamegrad.torch.gradients import DTYPES, Collector
-from tamegrad.torch.kernels import choose, cpu, objects
+from tamegrad.torch.kernels import choose, cpu, objects, threads
 from tamegrad.torch.kernels.layout import find_layout
 
 LENGTHS = (0, 1, 2, 63, 64, 65, 1000, 4095, 4097, cpu.CHUNK - 1, cpu.CHUNK, cpu.CHUNK + 1, 3 * cpu.CHUNK + 7)
+OPENMP = threads._openmp[0]
 STRATEGIES = [Clip(1.0), Clip(1.0, per="tensor"), ClipValue(0.5), Renormalize(per="model")]
 
 
@@ -51,10 +53,13 @@ def _restore_threads() -> Iterator[None]:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
-def test_any_number_of_threads_gives_the_same_bits(strategy: Any, dtype: torch.dtype) -> None:
+def test_any_number_of_threads_of_any_kind_gives_the_same_bits(
+    strategy: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     results = []
-    for threads in (1, 2, 3, 4):
-        torch.set_num_threads(threads)
+    for count, openmp in ((1, OPENMP), (2, OPENMP), (3, OPENMP), (2, 0), (3, 0)):
+        torch.set_num_threads(count)
+        monkeypatch.setattr(threads, "_openmp", [openmp])
         gradients = random_gradients((*LENGTHS, *[5] * 300, 20 * cpu.CHUNK + 1), dtype)
         report = normalize_grad_(model_with(gradients), strategy, backend="cpu")
         results.append((report.norms, report.norms_after, report.total_norm, *gradients))
@@ -163,6 +168,20 @@ def test_several_threads_may_normalize_at_once() -> None:
     alone = [normalized(seed) for seed in range(4)]
     with ThreadPoolExecutor(4) as pool:
         assert all(map(torch.equal, alone, pool.map(normalized, range(4))))
+
+
+@pytest.mark.skipif(not torch._C.has_openmp, reason="PyTorch has threads that it does not lend")
+def test_no_thread_is_started_beside_those_of_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[ThreadPoolExecutor] = []
+    monkeypatch.setattr(threads, "_pools", started)
+    torch.set_num_threads(2)
+    for openmp in (OPENMP, 0):
+        assert started == []
+        monkeypatch.setattr(threads, "_openmp", [openmp])
+        report = normalize_grad_(model_with([torch.ones(16 * cpu.CHUNK)]), Clip(1e9), backend="cpu")
+        assert report.norms.tolist() == [4 * math.sqrt(cpu.CHUNK)]
+    assert len(started) == 1
+    started[0].shutdown()
 
 
 def test_a_forked_process_starts_threads_of_its_own() -> None:

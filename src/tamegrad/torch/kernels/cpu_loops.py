@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from numba import carray
 from numba.extending import overload
-from numpy.typing import NDArray
 
 from tamegrad.torch.decide import (
     BIG_ABOVE,
@@ -22,7 +21,16 @@ from tamegrad.torch.decide import (
     SMALL_BELOW,
     SMALL_FACTOR,
 )
-from tamegrad.torch.kernels.jit import Entry, half_to_single, inlined, pointer_to, reordered, single_to_half
+from tamegrad.torch.kernels.jit import (
+    Entry,
+    half_to_single,
+    in_parallel,
+    inlined,
+    pointer_to,
+    reordered,
+    single_to_half,
+    take_one,
+)
 
 __all__ = ["add_up", "change_chunks", "has_sizes", "measure_chunks"]
 
@@ -168,13 +176,40 @@ def _measure(values: Any, limit: Any, pairs: Any, row: Any) -> None:
         _measure_cut_slowly(values, limit, row, pairs)
 
 
-def _measure_chunks(
-    chunks: Any, addresses: Any, limits: Any, pairs: Any, first: Any, last: Any, like: Any, rows: Any
+@inlined
+def _values_of(chunk: Any, addresses: Any, like: Any) -> Any:
+    position, start, length = chunk
+    return carray(pointer_to(addresses[position] + start * like.itemsize, like), length)
+
+
+@inlined
+def _measure_tasks(
+    taken: Any, bounds: Any, chunks: Any, addresses: Any, limits: Any, pairs: Any, like: Any, rows: Any
 ) -> None:
-    for index in range(first, last):
-        position, start, length = chunks[index]
-        values = carray(pointer_to(addresses[position] + start * like.itemsize, like), length)
-        _measure(values, limits[position], pairs, rows[index])
+    task = take_one(taken)
+    while task < bounds.size - 1:
+        for index in range(bounds[task], bounds[task + 1]):
+            values = _values_of(chunks[index], addresses, like)
+            _measure(values, limits[chunks[index, 0]], pairs, rows[index])
+        task = take_one(taken)
+
+
+def _measure_chunks(
+    openmp: Any,
+    threads: Any,
+    taken: Any,
+    bounds: Any,
+    chunks: Any,
+    addresses: Any,
+    limits: Any,
+    pairs: Any,
+    like: Any,
+    rows: Any,
+) -> None:
+    if openmp != 0:
+        in_parallel(openmp, threads, _measure_tasks, (taken, bounds, chunks, addresses, limits, pairs, like, rows))
+    else:
+        _measure_tasks(taken, bounds, chunks, addresses, limits, pairs, like, rows)
 
 
 def _add_up(chunks: Any, rows: Any, group_of: Any, table: Any) -> None:
@@ -218,24 +253,48 @@ def _cut_pairs(values: Any, first: Any, second: Any, limit: Any) -> None:
         values[index + 1] = narrowed(imaginary, values)
 
 
-def _change_chunks(
-    chunks: Any, addresses: Any, group_of: Any, factors: Any, pairs: Any, first: Any, last: Any, like: Any
+@inlined
+def _change(values: Any, first: Any, second: Any, limit: Any, zeroed: Any, pairs: Any) -> None:
+    if zeroed:
+        values[:] = 0
+    elif limit == np.inf:
+        _scale(values, first, second)
+    elif pairs:
+        _cut_pairs(values, first, second, limit)
+    else:
+        _cut(values, first, second, limit)
+
+
+@inlined
+def _change_tasks(
+    taken: Any, bounds: Any, chunks: Any, addresses: Any, group_of: Any, factors: Any, pairs: Any, like: Any
 ) -> None:
-    for index in range(first, last):
-        position, start, length = chunks[index]
-        values = carray(pointer_to(addresses[position] + start * like.itemsize, like), length)
-        one, two, limit, zeroed = factors[group_of[position]]
-        if zeroed:
-            values[:] = 0
-        elif limit == np.inf:
-            _scale(values, one, two)
-        elif pairs:
-            _cut_pairs(values, one, two, limit)
-        else:
-            _cut(values, one, two, limit)
+    task = take_one(taken)
+    while task < bounds.size - 1:
+        for index in range(bounds[task], bounds[task + 1]):
+            values = _values_of(chunks[index], addresses, like)
+            first, second, limit, zeroed = factors[group_of[chunks[index, 0]]]
+            _change(values, first, second, limit, zeroed, pairs)
+        task = take_one(taken)
 
 
-Table = NDArray[Any]
+def _change_chunks(
+    openmp: Any,
+    threads: Any,
+    taken: Any,
+    bounds: Any,
+    chunks: Any,
+    addresses: Any,
+    group_of: Any,
+    factors: Any,
+    pairs: Any,
+    like: Any,
+) -> None:
+    if openmp != 0:
+        in_parallel(openmp, threads, _change_tasks, (taken, bounds, chunks, addresses, group_of, factors, pairs, like))
+    else:
+        _change_tasks(taken, bounds, chunks, addresses, group_of, factors, pairs, like)
+
 
 measure_chunks = Entry(_measure_chunks, nogil=True)
 add_up = Entry(_add_up, nogil=True)
