@@ -18,14 +18,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from support.contract import bits
 from tamegrad import Clip, ClipValue, Keep, MissingExtraError, Renormalize
 from tamegrad.torch import GradientNormalizer, normalize_grad_
 from tamegrad.torch.gradients import DTYPES, Collector
-from tamegrad.torch.kernels import choose, cpu, objects, threads
+from tamegrad.torch.kernels import choose, cpu, cpu_loops, objects, threads
 from tamegrad.torch.kernels.layout import find_layout
 
 LENGTHS = (0, 1, 2, 63, 64, 65, 1000, 4095, 4097, cpu.CHUNK - 1, cpu.CHUNK, cpu.CHUNK + 1, 3 * cpu.CHUNK + 7)
 OPENMP = threads._openmp[0]
+REAL_DTYPES = [dtype for dtype in DTYPES if not dtype.is_complex]
 STRATEGIES = [Clip(1.0), Clip(1.0, per="tensor"), ClipValue(0.5), Renormalize(per="model")]
 
 
@@ -93,8 +95,96 @@ def test_every_16_bit_value_is_read_and_rounded_as_torch_does(dtype: torch.dtype
     normalize_grad_(model_with([compiled]), strategy, backend="cpu")
     normalize_grad_(model_with([eager]), strategy, backend="eager")
     assert compiled.view(torch.int16).equal(eager.view(torch.int16))
+    normalize_grad_(model_with([compiled]), ClipValue(0.3), backend="cpu")
+    normalize_grad_(model_with([eager]), ClipValue(0.3), backend="eager")
+    assert compiled.view(torch.int16).equal(eager.view(torch.int16))
     counts = normalize_grad_(model_with([every.clone()]), Keep(), backend="cpu").nonfinite
     assert counts.tolist() == [(~every.isfinite()).sum().item()]
+
+
+BLOCK = cpu_loops.BLOCK
+
+
+@pytest.mark.parametrize("dtype", REAL_DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "places",
+    [
+        (0,),
+        (BLOCK - 1,),
+        (BLOCK,),
+        (2 * BLOCK - 1, 2 * BLOCK),
+        (BLOCK, 3 * BLOCK),
+        (cpu.CHUNK - 1,),
+        (cpu.CHUNK,),
+        (-1,),
+    ],
+    ids=str,
+)
+def test_a_value_that_is_cut_is_seen_wherever_it_is(places: tuple[int, ...], dtype: torch.dtype) -> None:
+    compiled = torch.full((cpu.CHUNK + 5,), -0.25, dtype=dtype)
+    for place in places:
+        compiled[place] = -3.0
+    eager = compiled.clone()
+    report = normalize_grad_(model_with([compiled]), ClipValue(0.5), backend="cpu")
+    expected = normalize_grad_(model_with([eager]), ClipValue(0.5), backend="eager")
+    torch.testing.assert_close(report.norms, expected.norms, rtol=1e-13, atol=0)
+    torch.testing.assert_close(report.norms_after, expected.norms_after, rtol=1e-13, atol=0)
+    assert report.clipped.tolist() == [True]
+    assert compiled.equal(eager)
+
+
+@pytest.mark.parametrize("dtype", REAL_DTYPES, ids=str)
+def test_a_limit_between_two_values_of_the_dtype_cuts_as_eager_does(dtype: torch.dtype) -> None:
+    at = torch.tensor(0.3, dtype=dtype)
+    below, above = (at.nextafter(torch.tensor(end, dtype=dtype)) for end in (0.0, 1.0))
+    values = torch.stack([below, at, above, -below, -at, -above, torch.zeros_like(at), -torch.zeros_like(at)])
+    exact = at.double().item()
+    for limit in (
+        exact,
+        math.nextafter(exact, 0),
+        math.nextafter(exact, 1),
+        (exact + above.double().item()) / 2,
+        1e300,
+    ):
+        compiled, eager = values.clone(), values.clone()
+        report = normalize_grad_(model_with([compiled]), ClipValue(limit), backend="cpu")
+        assert report.clipped.equal(normalize_grad_(model_with([eager]), ClipValue(limit), backend="eager").clipped)
+        assert bits(compiled).equal(bits(eager))
+
+
+@pytest.mark.parametrize("strategy", [Clip(1.0), ClipValue(0.5)], ids=str)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", REAL_DTYPES, ids=str)
+def test_one_value_that_is_not_finite_is_seen_wherever_it_is(dtype: torch.dtype, value: float, strategy: Any) -> None:
+    for place in (0, 15, BLOCK - 1, BLOCK, cpu.CHUNK - 1, cpu.CHUNK, cpu.CHUNK + BLOCK + 2):
+        gradient = torch.ones(cpu.CHUNK + BLOCK + 3, dtype=dtype)
+        gradient[place] = value
+        before = gradient.clone()
+        report = normalize_grad_(model_with([gradient]), strategy, backend="cpu")
+        assert report.nonfinite.tolist() == [1]
+        assert bits(gradient).equal(bits(before))
+
+
+@pytest.mark.parametrize("limit", [math.inf, 0.5])
+@pytest.mark.parametrize("large", [0.0, 1.0, 1e20, 3e38])
+@pytest.mark.parametrize("small", [0.0, 1e-45, 1e-30])
+def test_the_squares_of_huge_and_tiny_float32_values_are_exact(small: float, large: float, limit: float) -> None:
+    gradient = torch.full((cpu.CHUNK + 1,), small)
+    gradient[-2:] = large
+    wide = gradient.double()
+    report = normalize_grad_(model_with([gradient]), ClipValue(limit), backend="cpu")
+    torch.testing.assert_close(report.norms[0], wide.norm(), rtol=1e-13, atol=0)
+    torch.testing.assert_close(report.norms_after[0], wide.clamp(max=limit).norm(), rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("strategy", [Clip(1.0), ClipValue(1.0)], ids=str)
+def test_float64_values_whose_squares_are_zero_are_not_taken_for_zeros(strategy: Any) -> None:
+    gradients = [torch.full((cpu.CHUNK,), value, dtype=torch.float64) for value in (0.0, 5e-324, 1e-200)]
+    report = normalize_grad_(model_with(gradients), type(strategy)(1.0), backend="cpu")
+    expected = 256 * math.hypot(5e-324, 1e-200)
+    assert report.norms.tolist() == pytest.approx([expected], rel=1e-13)
+    tiny = normalize_grad_(model_with(gradients[:2]), strategy, backend="cpu")
+    assert tiny.norms.tolist() == [256 * 5e-324]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
