@@ -167,7 +167,7 @@ def test_a_group_that_keeps_its_values_is_not_written() -> None:
     kept, clipped = drawn(9), drawn(9)
     case = Case.of({"kept": {"weight": kept}, "clipped": {"weight": clipped}})
     plan = GradientNormalizer(case.model, Policy(Clip(1e-3), {"kept": Keep()})).plan
-    kernels = gpu.Kernels(plan)
+    kernels = gpu.Kernels(plan, [True] * len(plan.parameters))
     decision = decide(kernels.measure([kept, clipped], Thresholds.of(plan)), Thresholds.of(plan), "keep")
     signaling = 0x7F800001
     kept.view(torch.int32).fill_(signaling)

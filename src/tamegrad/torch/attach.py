@@ -5,7 +5,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 import torch
@@ -17,6 +17,10 @@ from tamegrad.strategies import OnNonfinite
 from tamegrad.torch.kernels import BackendName
 from tamegrad.torch.layers import ModelLayers
 from tamegrad.torch.normalizer import GradientNormalizer, Model
+from tamegrad.torch.unsupported import refuse_deepspeed
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["AttachedNormalizer", "attach"]
 
@@ -30,6 +34,7 @@ def attach(
     layers: Sequence[str] | None = None,
     on_nonfinite: OnNonfinite = "keep",
     backend: BackendName = "auto",
+    process_groups: Sequence["ProcessGroup"] = (),
 ) -> "AttachedNormalizer":
     """Normalizes gradients from now on before every step of an optimizer.
 
@@ -47,13 +52,14 @@ def attach(
         on_nonfinite: As in `GradientNormalizer`; `"skip"` here leaves out the optimizer's step: neither parameters nor
             the optimizer's state change. `LBFGS` cannot leave out a step.
         backend: As in `GradientNormalizer`.
+        process_groups: As in `GradientNormalizer`.
 
     Returns:
         The normalizer; its `report` is of the last step, its `detach()` ends the matter.
 
     Raises:
         SettingError: If a setting is unknown, the optimizer holds no parameter of the model or has a normalizer
-            already, or `"skip"` meets `LBFGS`.
+            already, `"skip"` meets `LBFGS`, or as `GradientNormalizer` does.
         UnmatchedError: If an override or a pattern of `layers` matches nothing; the message names the closest.
 
     Warns:
@@ -81,6 +87,7 @@ def attach(
         layers=layers,
         on_nonfinite=on_nonfinite,
         backend=backend,
+        process_groups=process_groups,
     )
 
 
@@ -97,13 +104,22 @@ class AttachedNormalizer(GradientNormalizer):
         layers: Sequence[str] | None,
         on_nonfinite: OnNonfinite,
         backend: BackendName,
+        process_groups: Sequence["ProcessGroup"],
     ) -> None:
         self._optimizer = optimizer
         self._held = _held_by(optimizer)
         self._unowned = 0
         self._hidden: list[tuple[nn.Parameter, Tensor]] = []
         self._step: FrameType | None = None
-        super().__init__(model, policy, overrides=overrides, layers=layers, on_nonfinite=on_nonfinite, backend=backend)
+        super().__init__(
+            model,
+            policy,
+            overrides=overrides,
+            layers=layers,
+            on_nonfinite=on_nonfinite,
+            backend=backend,
+            process_groups=process_groups,
+        )
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -216,6 +232,7 @@ def _check(optimizer: torch.optim.Optimizer, on_nonfinite: OnNonfinite) -> None:
             allowed="a torch.optim.Optimizer",
             advice="pass the optimizer itself, or call GradientNormalizer.normalize_ before its step",
         )
+    refuse_deepspeed("attach(optimizer)", optimizer)
     if optimizer in _attached:
         raise SettingError(
             "attach(optimizer)",

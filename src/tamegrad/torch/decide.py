@@ -18,7 +18,7 @@ from torch import Tensor
 from tamegrad.groups import Plan
 from tamegrad.strategies import Clip, ClipValue, OnNonfinite, Renormalize
 
-__all__ = ["Decision", "Thresholds", "decide"]
+__all__ = ["Decision", "Thresholds", "decide", "norm_of"]
 
 # Columns of the table: sums of squares before (small, middle, big), counts of NaN, +inf and -inf, and for groups under
 # `ClipValue` the sums of squares after (small, middle, big) and the count of values that are cut.
@@ -153,6 +153,13 @@ def _decide(xp: ModuleType, on_nonfinite: OnNonfinite, *vectors: Any) -> tuple[A
         xp.where(cut, limits, math.inf),
         zeroed,
     )
+
+
+def norm_of(sums: Tensor) -> Tensor:
+    """Returns the norm that `(COLUMNS,)` sums stand for, before anything is changed; 0-dim."""
+    root, unit = _norm(torch, sums[BEFORE][None])
+    norm: Tensor = (root * unit)[0]
+    return norm
 
 
 def _norm(xp: ModuleType, sums: Any) -> tuple[Any, Any]:  # noqa: ANN401  arrays of NumPy or PyTorch

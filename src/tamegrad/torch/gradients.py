@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 
 from tamegrad.errors import SettingError
 from tamegrad.torch.kernels.memory import DTYPES, Located, Memory, locate
+from tamegrad.torch.partial import settled
+from tamegrad.torch.sharding import local_part, mesh_of, with_local_part
 
 __all__ = ["DTYPES", "Collector", "Gradients", "collect"]
 
@@ -20,7 +23,8 @@ class Gradients:
 
     Args:
         values: One a parameter of the plan, dense, in one of `DTYPES`: the gradient itself, the values of a sparse one,
-            or a copy of what cannot be read or written in place. None where there is no gradient, or it came before.
+            what this process has of a sharded one, or a copy of what cannot be read or written in place. None where
+            there is no gradient, or it came before.
         copies: For each position in `values` that holds a copy: what the gradient becomes if the values change, and
             the parameters whose gradient it is.
     """
@@ -33,7 +37,7 @@ class Gradients:
         for position, (gradient, parameters) in self.copies.items():
             if changed[position]:
                 for parameter in parameters:
-                    parameter.grad = gradient
+                    parameter.grad = gradient if mesh_of(parameter) is None else with_local_part(parameter, gradient)
 
 
 class Collector:
@@ -52,6 +56,7 @@ class Collector:
         self._parameters = tuple(parameters)
         self._names = tuple(names)
         self._located = located
+        self._sharded = any(mesh_of(parameter) is not None for parameter in parameters)
         self._addresses = np.array([id(parameter) for parameter in parameters], dtype=np.int64)
 
     def collect(self) -> Gradients:
@@ -63,7 +68,7 @@ class Collector:
         Raises:
             SettingError: If a gradient is of a kind that cannot be normalized; nothing was changed.
         """
-        plain = self._collect_plain() if self._located else None
+        plain = self._collect_plain() if self._located and not self._sharded else None
         if plain is not None:
             return Gradients(plain)
         collected = collect(self._parameters, self._names)
@@ -101,7 +106,8 @@ def _may_be_lazy(values: Sequence[Tensor | None], table: NDArray[np.int64]) -> l
 def collect(parameters: Sequence[nn.Parameter], names: Iterable[str]) -> Gradients:
     """Collects the gradients that parameters have now.
 
-    A gradient that two parameters share, as one tensor or as the same memory, is collected for the first alone.
+    A gradient that two parameters share, as one tensor or as the same memory, is collected for the first alone. Of a
+    sharded one the part of this process is collected.
 
     Args:
         parameters: The parameters in the order of the plan.
@@ -113,15 +119,14 @@ def collect(parameters: Sequence[nn.Parameter], names: Iterable[str]) -> Gradien
     Raises:
         SettingError: If a gradient is of a kind that cannot be normalized; nothing was changed.
     """
-    collected = Gradients([])
+    names = tuple(names)
+    collected = Gradients([None] * len(parameters))
+    parts, moved = _local_parts(parameters, names)
     seen: dict[tuple[int, int], int] = {}
-    for parameter, name in zip(parameters, names, strict=True):
-        gradient = parameter.grad
-        position = len(collected.values)
-        collected.values.append(None)
+    for position, (parameter, gradient) in enumerate(zip(parameters, parts, strict=True)):
         if gradient is None:
             continue
-        _check(name, gradient)
+        _check(names[position], gradient)
         memory = gradient._values() if gradient.is_sparse else gradient  # noqa: SLF001  whether coalesced or not
         first = seen.setdefault((memory.data_ptr(), memory.numel()), position) if memory.numel() else position
         if first != position:
@@ -139,7 +144,28 @@ def collect(parameters: Sequence[nn.Parameter], names: Iterable[str]) -> Gradien
             collected.copies[position] = dense, [parameter]
         else:
             collected.values[position] = gradient
+            if position in moved:
+                collected.copies[position] = gradient, [parameter]
     return collected
+
+
+def _local_parts(parameters: Sequence[nn.Parameter], names: Sequence[str]) -> tuple[list[Tensor | None], set[int]]:
+    """Returns the gradients, or what this process has of them, and where that is no part of the gradient itself."""
+    gradients: list[Any] = [parameter.grad for parameter in parameters]
+    unlike: dict[int, Any] = {}
+    for position, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
+        mesh = None if gradient is None else mesh_of(gradient)
+        if gradient is None or mesh is mesh_of(parameter) is None:
+            continue
+        _check_mesh(names[position], parameter, mesh)
+        if gradient.placements == parameter.placements:  # type: ignore[attr-defined]  # a DTensor
+            gradients[position] = local_part(gradient)
+        else:
+            unlike[position] = gradient
+    if unlike:
+        for position, gradient in settled(unlike, {position: parameters[position] for position in unlike}).items():
+            gradients[position] = local_part(gradient)
+    return gradients, set(unlike)
 
 
 def _is_lazy(gradient: Tensor) -> bool:
@@ -160,11 +186,21 @@ def _overlaps_itself(gradient: Tensor) -> bool:
     return False
 
 
+def _check_mesh(name: str, parameter: nn.Parameter, mesh: object) -> None:
+    home = mesh_of(parameter)
+    if mesh == home:
+        return
+    kinds = ["a plain tensor" if of is None else f"sharded over {of}" for of in (mesh, home)]
+    raise SettingError(
+        f"gradient of {name}",
+        got=f"a gradient that is {kinds[0]} of a parameter that is {kinds[1]}",
+        allowed="a gradient on the mesh of its parameter",
+        advice="leave it to backward() to make the gradients",
+    )
+
+
 def _check(name: str, gradient: Tensor) -> None:
-    # A sharded gradient (DTensor) knows its mesh; its local part alone has the wrong norm.
-    if hasattr(gradient, "device_mesh"):
-        kind = "a gradient that is sharded over a device mesh"
-    elif gradient.layout not in {torch.strided, torch.sparse_coo}:
+    if gradient.layout not in {torch.strided, torch.sparse_coo}:
         kind = f"a gradient in the layout {gradient.layout}"
     elif gradient.dtype not in DTYPES:
         kind = f"a gradient of {gradient.dtype}"

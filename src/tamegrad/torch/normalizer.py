@@ -1,9 +1,10 @@
 """The four steps for a PyTorch model: measure, reduce, decide, apply."""
 
+import dataclasses
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +14,17 @@ from tamegrad.groups import Plan, check_overrides, make_plan
 from tamegrad.policy import Overrides, as_policy
 from tamegrad.report import Report
 from tamegrad.strategies import GradientNormalization, OnNonfinite, check_on_nonfinite
-from tamegrad.torch.decide import Decision, Thresholds
+from tamegrad.torch.decide import NONFINITE, Decision, Thresholds, norm_of
+from tamegrad.torch.distributed import Reduction, check_process_groups
 from tamegrad.torch.gradients import Collector, Gradients
 from tamegrad.torch.kernels import BACKENDS, BackendName, Choice, choose
 from tamegrad.torch.layers import ModelLayers, check_patterns, find_layers
 from tamegrad.torch.pairs import read_pairs
+from tamegrad.torch.unsupported import refuse_unsupported
 from tamegrad.torch.watch import ModuleWatch
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["GradientNormalizer", "Model", "normalize_grad_"]
 
@@ -40,6 +46,12 @@ class GradientNormalizer:
             two read the device once a step.
         backend: `"auto"`, which picks by the devices of the parameters; or the backend to use: `"cpu"`, `"eager"`, or
             `"gpu"`, which was checked in Triton's interpreter but has not run on a GPU yet.
+        process_groups: For a pipeline: groups with one rank of every stage. Groups with `per="model"` are then of all
+            stages, as are `total_norm` and what `on_nonfinite="skip"` and `"raise"` look at.
+
+    If parameters are DTensors, every rank has to make its normalizer, and call it, when the others do: making compares
+    the plans of the ranks, and every step adds up the norms in one all-reduce. What is a plain tensor beside DTensors
+    has to be the same on all of their ranks.
 
     Attributes:
         plan: Every layer, its parameter types, its strategy.
@@ -48,7 +60,8 @@ class GradientNormalizer:
         skipped_steps: How many steps were skipped so far because of non-finite gradients.
 
     Raises:
-        SettingError: If a setting is unknown or there is no parameter to normalize.
+        SettingError: If a setting is unknown, there is no parameter to normalize, the ranks' plans differ, or FSDP1 or
+            DeepSpeed has the gradients.
         MissingExtraError: If the backend that was asked for is not installed.
         UnmatchedError: If an override or a pattern of `layers` matches nothing; the message names the closest. When the
             model changes later, the plan follows and does not complain again.
@@ -75,23 +88,25 @@ class GradientNormalizer:
         parameters: Iterable[nn.Parameter] | None = None,
         on_nonfinite: OnNonfinite = "keep",
         backend: BackendName = "auto",
+        process_groups: Sequence["ProcessGroup"] = (),
     ) -> None:
         check_on_nonfinite(on_nonfinite)
+        check_process_groups(process_groups)
         self.report: Report[Tensor] | None = None
         self.skipped_steps = 0
         self._on_nonfinite = on_nonfinite
         self._asked_backend = backend
         self._policy = as_policy(policy, overrides, "policy")
         self._merged = layers or ()
+        self._process_groups = tuple(process_groups)
         self._only = None if parameters is None else list(parameters)
         self._said_no_gradient = False
         self._nonfinite_before: Counter[str] = Counter()
 
         self._model = model if isinstance(model, nn.Module) else None
         whole = find_layers(model, self._merged) if isinstance(model, nn.Module) else read_pairs(model, self._merged)
-        check_patterns(self._merged, whole.paths)
-        check_overrides(whole.layers, self._policy)
-        self._make_plan(whole)
+        refuse_unsupported(model, whole)
+        self._make_plan(whole, first=True)
 
     def normalize_(self) -> Report[Tensor]:
         """Normalizes the gradients that the parameters have now, in place.
@@ -125,18 +140,20 @@ class GradientNormalizer:
         self._refuse_capture()
         if self._plan_is_old():
             self._nonfinite_before += self._nonfinite_since()
-            self._make_plan(find_layers(self._model, self._merged) if self._model is not None else self._whole)
+            whole = find_layers(self._model, self._merged) if self._model is not None else self._whole
+            self._make_plan(whole, first=False)
         gradients = self._collector.collect()
         self._warn_without_gradients(gradients)
         thresholds = self._thresholds if loss_scale is None else self._thresholds.times(loss_scale)
-        table = self._kernels.measure(gradients.values, thresholds)
+        table, total = self._reduction.reduce(self._kernels.measure(gradients.values, thresholds))
         self._move_to(table.device)
         decision = self._kernels.decide(table, thresholds.to(table.device), self._on_nonfinite)
-        stopped = False
+        if total is not None:
+            decision = dataclasses.replace(decision, total_norm=norm_of(total))
         if decision.may_be_nonfinite:
             self._nonfinite_counts += decision.nonfinite > 0
-            # Reading the device is what "keep" and "zero" spare.
-            stopped = self._on_nonfinite in {"skip", "raise"} and bool(decision.nonfinite.any())
+        # Reading the device is what "keep" and "zero" spare.
+        stopped = self._on_nonfinite in {"skip", "raise"} and _some_nonfinite(decision, total)
         if stopped and self._on_nonfinite == "raise" and not scaler_skips:
             raise self._nonfinite_error(gradients)
         if stopped:
@@ -158,14 +175,22 @@ class GradientNormalizer:
                 advice='pass on_nonfinite="keep" or "zero", or normalize outside of the graph',
             )
 
-    def _make_plan(self, whole: ModelLayers) -> None:
+    def _make_plan(self, whole: ModelLayers, *, first: bool) -> None:
         chosen = self._choose(whole)
-        self.plan: Plan = make_plan(chosen.layers, self._policy)
+
+        def make() -> Plan:
+            if first:
+                check_patterns(self._merged, whole.paths)
+                check_overrides(whole.layers, self._policy)
+            return make_plan(chosen.layers, self._policy)
+
+        self._reduction = Reduction(chosen.parameters, self._process_groups)
+        self.plan: Plan = self._reduction.agree(make)
         self._whole = whole
         self._parameters = chosen.parameters
         self._group_names = tuple(group.name for group in self.plan.groups)
         self.backend: Choice = choose(self._asked_backend, chosen.parameters)
-        self._kernels = BACKENDS[self.backend.name](self.plan)
+        self._kernels = BACKENDS[self.backend.name](self.plan, self._reduction.counted)
         compiled = self.backend.name == "cpu"
         names = (parameter.name for parameter in self.plan.parameters)
         self._collector = Collector(self._parameters, names, located=compiled)
@@ -206,12 +231,14 @@ class GradientNormalizer:
             gradients.write_back([changed[group] for group in self.plan.group_of])
 
     def _nonfinite_error(self, gradients: Gradients) -> NonFiniteGradientError:
-        counts = {}
-        for entry, values in zip(self.plan.parameters, gradients.values, strict=True):
+        found = torch.zeros(len(self.plan.parameters), 3, dtype=torch.int64)
+        for row, values in zip(found, gradients.values, strict=True):
             if values is not None and not values.isfinite().all():
                 real = torch.view_as_real(values) if values.is_complex() else values
-                nan, plus, minus = (int(kind.sum()) for kind in (real.isnan(), real.isposinf(), real.isneginf()))
-                counts[entry.name] = nan, plus, minus
+                row[:] = torch.stack([kind.sum() for kind in (real.isnan(), real.isposinf(), real.isneginf())])
+        rows = self._reduction.reduce_counts(found).tolist()
+        named = zip(self.plan.parameters, rows, strict=True)
+        counts = {entry.name: (nan, plus, minus) for entry, (nan, plus, minus) in named if nan or plus or minus}
         return NonFiniteGradientError(counts, self.plan.layers_of(counts))
 
 
@@ -224,6 +251,7 @@ def normalize_grad_(
     layers: Sequence[str] | None = None,
     on_nonfinite: OnNonfinite = "keep",
     backend: BackendName = "auto",
+    process_groups: Sequence["ProcessGroup"] = (),
 ) -> Report[Tensor]:
     """Normalizes the gradients of a model once, now, in place.
 
@@ -235,6 +263,7 @@ def normalize_grad_(
         layers: As in `GradientNormalizer`.
         on_nonfinite: As in `GradientNormalizer`.
         backend: As in `GradientNormalizer`.
+        process_groups: As in `GradientNormalizer`.
 
     Returns:
         What was done.
@@ -263,9 +292,22 @@ def normalize_grad_(
             )
         policy = policy(threshold)
     normalizer = GradientNormalizer(
-        model, policy, overrides=overrides, layers=layers, on_nonfinite=on_nonfinite, backend=backend
+        model,
+        policy,
+        overrides=overrides,
+        layers=layers,
+        on_nonfinite=on_nonfinite,
+        backend=backend,
+        process_groups=process_groups,
     )
     return normalizer.normalize_()
+
+
+def _some_nonfinite(decision: Decision, total: Tensor | None) -> bool:
+    """Says whether a gradient is not finite: one of any process, if sums over all of them are there."""
+    if total is not None:
+        return bool(total[NONFINITE].any())
+    return decision.may_be_nonfinite and bool(decision.nonfinite.any())
 
 
 def _report(names: tuple[str, ...], decision: Decision, loss_scale: Tensor | None, *, skipped: bool) -> Report[Tensor]:

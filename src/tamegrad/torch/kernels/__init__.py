@@ -21,6 +21,9 @@ BackendName: TypeAlias = Literal["auto", "cpu", "gpu", "eager"]
 class Backend(Protocol):
     """What is made once for a plan and measures and changes gradients in every step.
 
+    It is made with the plan and, for each parameter, whether it is measured: what another process measures is only
+    changed here.
+
     `gradients` has one entry a parameter of the plan, in its order, and None where there is none.
     """
 
@@ -40,17 +43,17 @@ class Backend(Protocol):
         """Changes the gradients that were measured, in place, as was decided."""
 
 
-def _from_file(name: str) -> Callable[[Plan], Backend]:
+def _from_file(name: str) -> Callable[[Plan, Sequence[bool]], Backend]:
     """Returns the backend of a file whose imports take an extra, and are made when it is first used."""
 
-    def make(plan: Plan) -> Backend:
-        kernels: Backend = import_module(f"tamegrad.torch.kernels.{name}").Kernels(plan)
+    def make(plan: Plan, counted: Sequence[bool]) -> Backend:
+        kernels: Backend = import_module(f"tamegrad.torch.kernels.{name}").Kernels(plan, counted)
         return kernels
 
     return make
 
 
-BACKENDS: dict[str, Callable[[Plan], Backend]] = {
+BACKENDS: dict[str, Callable[[Plan, Sequence[bool]], Backend]] = {
     "cpu": _from_file("cpu"),
     "gpu": _from_file("gpu"),
     "eager": eager.Kernels,

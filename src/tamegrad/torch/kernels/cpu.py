@@ -66,13 +66,17 @@ class _Work:
         chunks: `(C, 3)`, dtype by dtype: position of the gradient, first real number, how many.
         kinds: `(C,)`: the dtype of each chunk.
         tasks: All chunks, shared out.
-        rows: `(C, COLUMNS)`, for what the chunks give.
+        measured: `(M, 3)`: those of the chunks that are measured.
+        measuring: They, shared out.
+        rows: `(M, COLUMNS)`, for what they give.
     """
 
     sizes: NDArray[np.int64]
     chunks: NDArray[np.int64]
     kinds: NDArray[np.int64]
     tasks: list[_Tasks]
+    measured: NDArray[np.int64]
+    measuring: list[_Tasks]
     rows: NDArray[np.float64]
 
 
@@ -84,13 +88,15 @@ class Kernels:
 
     Args:
         plan: The plan.
+        counted: For each parameter whether it is measured; all are changed.
     """
 
-    def __init__(self, plan: Plan) -> None:
-        self._eager = eager.Kernels(plan)
+    def __init__(self, plan: Plan, counted: Sequence[bool]) -> None:
+        self._eager = eager.Kernels(plan, counted)
+        self._counted = np.array(counted, dtype=np.bool_)
         self._group_of = np.array(plan.group_of, dtype=np.int64)
         self._groups = len(plan.groups)
-        self._work = _plan_work(np.zeros((0, 2), dtype=np.int64))
+        self._work = _plan_work(np.zeros((0, 2), dtype=np.int64), self._counted)
         self._thresholds: Thresholds | None = None
 
     def measure(self, gradients: Sequence[Tensor | None], thresholds: Thresholds) -> Tensor:
@@ -108,11 +114,11 @@ class Kernels:
             return self._eager.measure(gradients, thresholds)
         work = self._work_for(memory)
         addresses, limits = memory.table[:, 0].copy(), self._limits_of(thresholds)
-        for kind, bounds in work.tasks:
-            args = work.chunks, addresses, limits, kind.pairs, kind.like, work.rows
+        for kind, bounds in work.measuring:
+            args = work.measured, addresses, limits, kind.pairs, kind.like, work.rows
             threads.run(measure_chunks, kind.like.dtype, bounds, *args)
         table = np.zeros((self._groups, COLUMNS))
-        add_up(work.chunks, work.rows, self._group_of, table)
+        add_up(work.measured, work.rows, self._group_of, table)
         return torch.from_numpy(table)
 
     def decide(self, table: Tensor, thresholds: Thresholds, on_nonfinite: OnNonfinite) -> Decision:
@@ -169,7 +175,7 @@ class Kernels:
     def _work_for(self, memory: Memory) -> _Work:
         """Returns the work for these sizes, which mostly are those of the last step."""
         if not has_sizes(memory.table, self._work.sizes):
-            self._work = _plan_work(memory.table[:, 1:].copy())
+            self._work = _plan_work(memory.table[:, 1:].copy(), self._counted)
         return self._work
 
 
@@ -180,10 +186,12 @@ def _located(gradients: Sequence[Tensor | None]) -> Memory | None:
     return None if (memory.table[:, 2] == DTYPES.index(torch.float16)).any() else memory
 
 
-def _plan_work(sizes: NDArray[np.int64]) -> _Work:
-    """Cuts gradients of certain sizes into chunks, and shares them out."""
+def _plan_work(sizes: NDArray[np.int64], counted: NDArray[np.bool_]) -> _Work:
+    """Cuts gradients of certain sizes into chunks, and shares out all of them and those that are measured."""
     chunks, kinds = cut_into_chunks(sizes)
-    return _Work(sizes, chunks, kinds, _share_out(chunks, kinds), np.empty((len(chunks), COLUMNS)))
+    chosen = counted[chunks[:, 0]]
+    measured, rows = chunks[chosen], np.empty((int(chosen.sum()), COLUMNS))
+    return _Work(sizes, chunks, kinds, _share_out(chunks, kinds), measured, _share_out(measured, kinds[chosen]), rows)
 
 
 def cut_into_chunks(sizes: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -30,10 +30,12 @@ class Kernels:
 
     Args:
         plan: The plan.
+        counted: For each parameter whether it is measured; all are changed.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, counted: Sequence[bool]) -> None:
         self._plan = plan
+        self._counted = counted
 
     def measure(self, gradients: Sequence[Tensor | None], thresholds: Thresholds) -> Tensor:
         """Measures all groups.
@@ -46,8 +48,8 @@ class Kernels:
             `(G, COLUMNS)` float64 on the device of the first gradient, or on the CPU if there is none.
         """
         groups = self._plan.groups
-        placed = zip(gradients, self._plan.group_of, strict=True)
-        present = [(gradient, group) for gradient, group in placed if gradient is not None]
+        placed = zip(gradients, self._plan.group_of, self._counted, strict=True)
+        present = [(gradient, group) for gradient, group, counted in placed if gradient is not None and counted]
         home = present[0][0].device if present else torch.device("cpu")
         table = torch.zeros(len(groups), COLUMNS, dtype=torch.float64, device=home)
         if present:

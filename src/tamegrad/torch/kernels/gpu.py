@@ -48,10 +48,12 @@ class Kernels:
 
     Args:
         plan: The plan.
+        counted: For each parameter whether it is measured; all are changed.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, counted: Sequence[bool]) -> None:
         self._plan = plan
+        self._counted = counted
         self._devices: dict[torch.device, _Device] = {}
         self._copies: dict[int, Tensor] = {}
         self._measured: list[_Device] = []

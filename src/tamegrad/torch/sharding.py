@@ -1,0 +1,138 @@
+"""What a sharded tensor says about itself: the mesh it lies on, what of it is here, and which rank counts it.
+
+A sharded tensor is PyTorch's `DTensor`. It is known by its `device_mesh`, so that models without any need nothing of
+`torch.distributed`. A rank is a process.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from tamegrad.errors import SettingError
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+__all__ = [
+    "Slices",
+    "first_rank",
+    "is_counted",
+    "is_sharded",
+    "local_part",
+    "mesh_of",
+    "ranks_together",
+    "with_local_part",
+]
+
+# Of each mesh of a model the first ranks of all the meshes that are in its place on some rank. There is more than one
+# if the mesh is a slice of a larger mesh: then each slice holds a copy.
+Slices: TypeAlias = Mapping["DeviceMesh", Sequence[int]]
+
+
+def mesh_of(tensor: Tensor) -> "DeviceMesh | None":
+    """Returns the mesh that a tensor lies on, or None for a plain tensor."""
+    mesh: DeviceMesh | None = getattr(tensor, "device_mesh", None)
+    return mesh
+
+
+def is_sharded(parameters: Iterable[Any]) -> bool:
+    """Says whether a rank has only a part of some tensor."""
+    return any(
+        not placement.is_replicate() and mesh.size(dimension) > 1
+        for parameter in parameters
+        if (mesh := mesh_of(parameter)) is not None
+        for dimension, placement in enumerate(parameter.placements)
+    )
+
+
+def local_part(tensor: Any) -> Tensor:  # noqa: ANN401  a DTensor
+    """Returns what of a sharded tensor this rank has, in the same memory."""
+    part: Tensor = tensor.to_local()
+    # PyTorch may give a stand-in for what a collective is still working on.
+    wait: Callable[[], Tensor] | None = getattr(part, "wait", None)
+    return part if wait is None else wait()
+
+
+def with_local_part(like: Any, part: Tensor) -> Tensor:  # noqa: ANN401  a DTensor
+    """Returns a sharded tensor, placed like another one, of which this rank has this part."""
+    from torch.distributed.tensor import DTensor  # noqa: PLC0415  takes long, and who has a DTensor has paid for it
+
+    return DTensor.from_local(
+        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+
+
+def first_rank(mesh: "DeviceMesh") -> int:
+    """Returns the first rank of a mesh, which tells it from other slices of the same mesh."""
+    return int(mesh.mesh.flatten()[0])
+
+
+def ranks_together(meshes: Iterable["DeviceMesh"], rank: int) -> list[int]:
+    """Returns the ranks that the sums of a model go over.
+
+    Those are the ranks of its meshes, of the meshes that these ranks have in the same places, and so on: all of a mesh
+    if some layers lie on its rows and others on its columns. Each of these ranks gets the same answer.
+
+    Args:
+        meshes: The meshes of the model's parameters, as this rank sees them.
+        rank: This rank.
+
+    Returns:
+        The ranks, in ascending order.
+    """
+    slices = [set(ranks) for mesh in meshes for ranks in _parallel_slices(mesh)]
+    together = {rank}
+    while touching := [ranks for ranks in slices if not together.isdisjoint(ranks)]:
+        together = together.union(*touching)
+        slices = [ranks for ranks in slices if together.isdisjoint(ranks)]
+    return sorted(together)
+
+
+def _parallel_slices(mesh: "DeviceMesh") -> list[list[int]]:
+    """Returns the ranks of each slice of a mesh's root that runs along the same dimensions; one is the mesh itself."""
+    # PyTorch has no public way to ask what a mesh is a slice of.
+    find_root = getattr(mesh, "_get_root_mesh", None)
+    if find_root is None:
+        raise SettingError(
+            "model",
+            got=f"sharded parameters under PyTorch {torch.__version__}",
+            allowed="a PyTorch whose meshes know what they are slices of, as 2.13 does",
+            advice="pip install --upgrade torch",
+        )
+    root: Tensor = find_root().mesh
+    places = torch.isin(root, mesh.mesh).nonzero()
+    runs = places.amax(0) > places.amin(0)
+    order = [*(~runs).nonzero().flatten().tolist(), *runs.nonzero().flatten().tolist()]
+    length = int(torch.tensor(root.shape)[runs].prod())
+    slices: list[list[int]] = root.permute(order).reshape(-1, length).tolist()
+    return slices
+
+
+def is_counted(tensor: Any, turn: int, slices: Slices, ranks: Sequence[int], rank: int) -> bool:  # noqa: ANN401
+    """Says whether, of all ranks that have the same part of a tensor, it is this one that counts it.
+
+    Args:
+        tensor: A DTensor, or a plain tensor, which is the same on all ranks.
+        turn: A number that differs from tensor to tensor, so that the ranks take turns.
+        slices: Of the model's meshes.
+        ranks: All ranks that the sums go over.
+        rank: This one of them.
+
+    Returns:
+        Whether it is.
+    """
+    mesh = mesh_of(tensor)
+    if mesh is None:
+        return ranks[turn % len(ranks)] == rank
+    coordinate, firsts = mesh.get_coordinate(), slices[mesh]
+    if coordinate is None or firsts[turn % len(firsts)] != first_rank(mesh):
+        return False
+    turn //= len(firsts)
+    for place, size, placement in zip(coordinate, mesh.shape, tensor.placements, strict=True):
+        if placement.is_replicate():
+            if place != turn % size:
+                return False
+            turn //= size
+    return True
