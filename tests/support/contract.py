@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tamegrad import Report, normalize
 from tamegrad.strategies import OnNonfinite, Per, Strategy
 from tamegrad.torch import GradientNormalizer
+from tamegrad.torch.decide import Decision
 from tamegrad.torch.kernels import BACKENDS
 
 Tensors: TypeAlias = dict[str, dict[str, Tensor]]
@@ -25,6 +26,8 @@ QUICK_BACKENDS = [name for name in BACKENDS if name != "gpu"]
 SPACINGS = {torch.float64: 8, torch.complex128: 8}
 # Norms are sums of squares in float64, added in another order.
 NORM_TOLERANCE = 1e-13
+# The tensors of a decision; the rest of it is what the host knows without looking at them.
+DECIDED = [name for name in Decision.__slots__ if not name.startswith("may_")]
 THRESHOLDS = (0.03, 1.0, 40.0)
 SMALLEST = 2 * np.finfo(np.float64).smallest_subnormal
 

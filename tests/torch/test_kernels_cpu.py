@@ -2,6 +2,7 @@
 
 import ctypes
 import logging
+import math
 import mmap
 import os
 import subprocess
@@ -17,12 +18,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from support.contract import bits
 from tamegrad import Clip, ClipValue, Keep, MissingExtraError, Renormalize
 from tamegrad.torch import GradientNormalizer, normalize_grad_
 from tamegrad.torch.gradients import DTYPES, Collector
-from tamegrad.torch.kernels import choose, cpu, objects
+from tamegrad.torch.kernels import choose, cpu, cpu_loops, objects, threads
+from tamegrad.torch.kernels.layout import find_layout
 
 LENGTHS = (0, 1, 2, 63, 64, 65, 1000, 4095, 4097, cpu.CHUNK - 1, cpu.CHUNK, cpu.CHUNK + 1, 3 * cpu.CHUNK + 7)
+OPENMP = threads._openmp[0]
+REAL_DTYPES = [dtype for dtype in DTYPES if not dtype.is_complex]
 STRATEGIES = [Clip(1.0), Clip(1.0, per="tensor"), ClipValue(0.5), Renormalize(per="model")]
 
 
@@ -50,10 +55,13 @@ def _restore_threads() -> Iterator[None]:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
-def test_any_number_of_threads_gives_the_same_bits(strategy: Any, dtype: torch.dtype) -> None:
+def test_any_number_of_threads_of_any_kind_gives_the_same_bits(
+    strategy: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     results = []
-    for threads in (1, 2, 3, 4):
-        torch.set_num_threads(threads)
+    for count, openmp in ((1, OPENMP), (2, OPENMP), (3, OPENMP), (2, 0), (3, 0)):
+        torch.set_num_threads(count)
+        monkeypatch.setattr(threads, "_openmp", [openmp])
         gradients = random_gradients((*LENGTHS, *[5] * 300, 20 * cpu.CHUNK + 1), dtype)
         report = normalize_grad_(model_with(gradients), strategy, backend="cpu")
         results.append((report.norms, report.norms_after, report.total_norm, *gradients))
@@ -87,8 +95,96 @@ def test_every_16_bit_value_is_read_and_rounded_as_torch_does(dtype: torch.dtype
     normalize_grad_(model_with([compiled]), strategy, backend="cpu")
     normalize_grad_(model_with([eager]), strategy, backend="eager")
     assert compiled.view(torch.int16).equal(eager.view(torch.int16))
+    normalize_grad_(model_with([compiled]), ClipValue(0.3), backend="cpu")
+    normalize_grad_(model_with([eager]), ClipValue(0.3), backend="eager")
+    assert compiled.view(torch.int16).equal(eager.view(torch.int16))
     counts = normalize_grad_(model_with([every.clone()]), Keep(), backend="cpu").nonfinite
     assert counts.tolist() == [(~every.isfinite()).sum().item()]
+
+
+BLOCK = cpu_loops.BLOCK
+
+
+@pytest.mark.parametrize("dtype", REAL_DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "places",
+    [
+        (0,),
+        (BLOCK - 1,),
+        (BLOCK,),
+        (2 * BLOCK - 1, 2 * BLOCK),
+        (BLOCK, 3 * BLOCK),
+        (cpu.CHUNK - 1,),
+        (cpu.CHUNK,),
+        (-1,),
+    ],
+    ids=str,
+)
+def test_a_value_that_is_cut_is_seen_wherever_it_is(places: tuple[int, ...], dtype: torch.dtype) -> None:
+    compiled = torch.full((cpu.CHUNK + 5,), -0.25, dtype=dtype)
+    for place in places:
+        compiled[place] = -3.0
+    eager = compiled.clone()
+    report = normalize_grad_(model_with([compiled]), ClipValue(0.5), backend="cpu")
+    expected = normalize_grad_(model_with([eager]), ClipValue(0.5), backend="eager")
+    torch.testing.assert_close(report.norms, expected.norms, rtol=1e-13, atol=0)
+    torch.testing.assert_close(report.norms_after, expected.norms_after, rtol=1e-13, atol=0)
+    assert report.clipped.tolist() == [True]
+    assert compiled.equal(eager)
+
+
+@pytest.mark.parametrize("dtype", REAL_DTYPES, ids=str)
+def test_a_limit_between_two_values_of_the_dtype_cuts_as_eager_does(dtype: torch.dtype) -> None:
+    at = torch.tensor(0.3, dtype=dtype)
+    below, above = (at.nextafter(torch.tensor(end, dtype=dtype)) for end in (0.0, 1.0))
+    values = torch.stack([below, at, above, -below, -at, -above, torch.zeros_like(at), -torch.zeros_like(at)])
+    exact = at.double().item()
+    for limit in (
+        exact,
+        math.nextafter(exact, 0),
+        math.nextafter(exact, 1),
+        (exact + above.double().item()) / 2,
+        1e300,
+    ):
+        compiled, eager = values.clone(), values.clone()
+        report = normalize_grad_(model_with([compiled]), ClipValue(limit), backend="cpu")
+        assert report.clipped.equal(normalize_grad_(model_with([eager]), ClipValue(limit), backend="eager").clipped)
+        assert bits(compiled).equal(bits(eager))
+
+
+@pytest.mark.parametrize("strategy", [Clip(1.0), ClipValue(0.5)], ids=str)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", REAL_DTYPES, ids=str)
+def test_one_value_that_is_not_finite_is_seen_wherever_it_is(dtype: torch.dtype, value: float, strategy: Any) -> None:
+    for place in (0, 15, BLOCK - 1, BLOCK, cpu.CHUNK - 1, cpu.CHUNK, cpu.CHUNK + BLOCK + 2):
+        gradient = torch.ones(cpu.CHUNK + BLOCK + 3, dtype=dtype)
+        gradient[place] = value
+        before = gradient.clone()
+        report = normalize_grad_(model_with([gradient]), strategy, backend="cpu")
+        assert report.nonfinite.tolist() == [1]
+        assert bits(gradient).equal(bits(before))
+
+
+@pytest.mark.parametrize("limit", [math.inf, 0.5])
+@pytest.mark.parametrize("large", [0.0, 1.0, 1e20, 3e38])
+@pytest.mark.parametrize("small", [0.0, 1e-45, 1e-30])
+def test_the_squares_of_huge_and_tiny_float32_values_are_exact(small: float, large: float, limit: float) -> None:
+    gradient = torch.full((cpu.CHUNK + 1,), small)
+    gradient[-2:] = large
+    wide = gradient.double()
+    report = normalize_grad_(model_with([gradient]), ClipValue(limit), backend="cpu")
+    torch.testing.assert_close(report.norms[0], wide.norm(), rtol=1e-13, atol=0)
+    torch.testing.assert_close(report.norms_after[0], wide.clamp(max=limit).norm(), rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("strategy", [Clip(1.0), ClipValue(1.0)], ids=str)
+def test_float64_values_whose_squares_are_zero_are_not_taken_for_zeros(strategy: Any) -> None:
+    gradients = [torch.full((cpu.CHUNK,), value, dtype=torch.float64) for value in (0.0, 5e-324, 1e-200)]
+    report = normalize_grad_(model_with(gradients), type(strategy)(1.0), backend="cpu")
+    expected = 256 * math.hypot(5e-324, 1e-200)
+    assert report.norms.tolist() == pytest.approx([expected], rel=1e-13)
+    tiny = normalize_grad_(model_with(gradients[:2]), strategy, backend="cpu")
+    assert tiny.norms.tolist() == [256 * 5e-324]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -162,6 +258,20 @@ def test_several_threads_may_normalize_at_once() -> None:
     alone = [normalized(seed) for seed in range(4)]
     with ThreadPoolExecutor(4) as pool:
         assert all(map(torch.equal, alone, pool.map(normalized, range(4))))
+
+
+@pytest.mark.skipif(not torch._C.has_openmp, reason="PyTorch has threads that it does not lend")
+def test_no_thread_is_started_beside_those_of_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[ThreadPoolExecutor] = []
+    monkeypatch.setattr(threads, "_pools", started)
+    torch.set_num_threads(2)
+    for openmp in (OPENMP, 0):
+        assert started == []
+        monkeypatch.setattr(threads, "_openmp", [openmp])
+        report = normalize_grad_(model_with([torch.ones(16 * cpu.CHUNK)]), Clip(1e9), backend="cpu")
+        assert report.norms.tolist() == [4 * math.sqrt(cpu.CHUNK)]
+    assert len(started) == 1
+    started[0].shutdown()
 
 
 def test_a_forked_process_starts_threads_of_its_own() -> None:
@@ -268,6 +378,49 @@ def test_what_is_found_in_memory_does_not_depend_on_how_it_is_asked(monkeypatch:
     assert quick.memory.table.tolist() == slow.memory.table.tolist()
     assert not quick.memory.stand_ins
     assert not slow.memory.stand_ins
+
+
+@pytest.mark.parametrize("spacing", [1, 16, 2**12, 2**21])
+def test_memory_that_two_gradients_share_is_found_wherever_it_is(spacing: int) -> None:
+    # Nothing but the touched pages of this take memory.
+    memory = torch.from_numpy(np.zeros(101 * spacing, dtype=np.float32))
+    parameters = [nn.Parameter(torch.zeros(1)) for _ in range(100)]
+    for index, parameter in enumerate(parameters):
+        parameter.grad = memory[index * spacing :][:1]
+    collector = Collector(parameters, ["p"] * 100, located=True)
+    assert collector.collect().values.count(None) == 0
+    for first, second in ((0, 99), (17, 18), (50, 3)):
+        kept = parameters[second].grad
+        parameters[second].grad = memory[first * spacing :][:1]
+        assert [index for index, value in enumerate(collector.collect().values) if value is None] == [
+            max(first, second)
+        ]
+        parameters[second].grad = kept
+
+
+@pytest.mark.skipif(not objects.AVAILABLE, reason="this PyTorch is too old for the walk")
+def test_tensors_are_laid_out_as_the_walk_expects() -> None:
+    layout = find_layout()
+    assert layout is not None
+    parameter = nn.Parameter(torch.zeros(3))
+    parameter.grad = torch.ones(3)
+
+    def follow(address: int, distance: int) -> int:
+        return ctypes.c_int64.from_address(address + distance).value
+
+    autograd = follow(follow(id(parameter), layout.tensor), layout.autograd)
+    assert follow(autograd, layout.gradient) == parameter.grad._cdata
+    assert follow(torch.zeros(3)._cdata, layout.autograd) == 0
+
+
+def test_collects_the_same_where_the_layout_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_with([torch.randn(2, 3) for _ in range(40)])
+    collector = Collector(list(model.parameters()), [""] * 40, located=True)
+    known: Any = collector.collect().values
+    monkeypatch.setattr(objects, "_LAYOUT", np.zeros(3, dtype=np.int64))
+    unknown: Any = collector.collect().values
+    assert all(a is b for a, b in zip(known, unknown, strict=True))
+    assert known.memory.table.tolist() == unknown.memory.table.tolist()
 
 
 def test_no_gradient_is_kept_alive() -> None:

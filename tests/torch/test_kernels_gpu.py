@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from support.contract import NORM_TOLERANCE, Case, Tensors, assert_contract, bits, every_strategy
+from support.contract import DECIDED, NORM_TOLERANCE, Case, Tensors, assert_contract, bits, every_strategy
 from tamegrad import Clip, ClipValue, Keep, Policy, Renormalize, SettingError
 from tamegrad.strategies import OnNonfinite, Strategy
 from tamegrad.torch import GradientNormalizer
@@ -203,7 +203,7 @@ def assert_decided_as_on_the_host(
     steps = torch.full((len(table),), 5)
     actual = gpu.Kernels(plan, [True] * len(plan.parameters)).decide(table, thresholds, on_nonfinite, steps)
     assert steps.equal(5 + (expected.nonfinite > 0))
-    for name in Decision.__slots__:
+    for name in DECIDED:
         ours, theirs = getattr(actual, name), getattr(expected, name)
         assert ours.dtype == theirs.dtype, name
         # The total norm is of sums over the groups, which NumPy adds up one by one.

@@ -7,7 +7,7 @@ underflows; the squares of float32 and smaller dtypes all fit the middle range.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
@@ -27,7 +27,7 @@ COLUMNS = 10
 
 SMALL_BELOW, BIG_ABOVE = 2.0**-511, 2.0**486
 SMALL_FACTOR, BIG_FACTOR = 2.0**537, 2.0**-538
-_SMALLEST_NORMAL = 2.0**-1022
+SMALLEST_NORMAL = 2.0**-1022
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +59,8 @@ class Thresholds:
 
     def to(self, device: torch.device) -> "Thresholds":
         """Returns them on a device."""
+        if self.norms.device == device:
+            return self
         return Thresholds(self.norms.to(device), self.values.to(device), self.renormalizes.to(device))
 
     def times(self, factor: Tensor) -> "Thresholds":
@@ -73,6 +75,8 @@ class Decision:
 
     A gradient `g` of the group becomes `g·first·second`, then at most `limit` in magnitude, or 0 where `zeroed`. There
     are two factors because one float64 cannot hold the scale of every float64 group; elsewhere the first is 1.
+
+    The last two are False where the host knows, without reading a device, that no group changes or that all are finite.
     """
 
     norms: Tensor
@@ -85,6 +89,8 @@ class Decision:
     second: Tensor
     limits: Tensor
     zeroed: Tensor
+    may_change: bool = field(default=True, kw_only=True)
+    may_be_nonfinite: bool = field(default=True, kw_only=True)
 
     @property
     def changed(self) -> Tensor:
@@ -127,7 +133,7 @@ def _decide(xp: ModuleType, on_nonfinite: OnNonfinite, *vectors: Any) -> tuple[A
     one = xp.ones_like(norms)
     ratio = xp.where(rescaled, largest / root, one)
     scale = xp.where(rescaled, ratio / unit, one)
-    fits = (scale >= _SMALLEST_NORMAL) & (scale < math.inf)
+    fits = (scale >= SMALLEST_NORMAL) & (scale < math.inf)
 
     norms_after, scales = xp.where(rescaled, largest, norms), scale
     if xp is not np or cut.any():

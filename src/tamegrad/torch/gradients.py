@@ -84,17 +84,13 @@ class Collector:
         from tamegrad.torch.kernels import objects  # noqa: PLC0415
 
         values, table = Located([None] * len(self._parameters)), np.empty((len(self._parameters), 3), dtype=np.int64)
-        if not objects.AVAILABLE or not objects.gather(self._addresses, values, table):
+        if not objects.AVAILABLE:
             return None
-        if _shares_memory(table) or any(_is_lazy(gradient) for gradient in _may_be_lazy(values, table)):
+        plain, some_may_be_lazy = objects.gather(self._addresses, values, table)
+        if not plain or (some_may_be_lazy and any(_is_lazy(gradient) for gradient in _may_be_lazy(values, table))):
             return None
         values.memory = Memory(table)
         return values
-
-
-def _shares_memory(table: NDArray[np.int64]) -> bool:
-    addresses = np.sort(table[table[:, 1] > 0, 0])
-    return bool((addresses[1:] == addresses[:-1]).any())
 
 
 def _may_be_lazy(values: Sequence[Tensor | None], table: NDArray[np.int64]) -> list[Tensor]:

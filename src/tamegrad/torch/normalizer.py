@@ -151,9 +151,8 @@ class GradientNormalizer:
         decision = self._kernels.decide(table, thresholds.to(table.device), self._on_nonfinite, self._nonfinite_counts)
         if total is not None:
             decision = dataclasses.replace(decision, total_norm=norm_of(total))
-        nonfinite = decision.nonfinite if total is None else total[NONFINITE]
         # Reading the device is what "keep" and "zero" spare.
-        stopped = self._on_nonfinite in {"skip", "raise"} and bool(nonfinite.any())
+        stopped = self._on_nonfinite in {"skip", "raise"} and _some_nonfinite(decision, total)
         if stopped and self._on_nonfinite == "raise" and not scaler_skips:
             raise self._nonfinite_error(gradients)
         if stopped:
@@ -301,6 +300,13 @@ def normalize_grad_(
         process_groups=process_groups,
     )
     return normalizer.normalize_()
+
+
+def _some_nonfinite(decision: Decision, total: Tensor | None) -> bool:
+    """Says whether a gradient is not finite: one of any process, if sums over all of them are there."""
+    if total is not None:
+        return bool(total[NONFINITE].any())
+    return decision.may_be_nonfinite and bool(decision.nonfinite.any())
 
 
 def _report(names: tuple[str, ...], decision: Decision, loss_scale: Tensor | None, *, skipped: bool) -> Report[Tensor]:

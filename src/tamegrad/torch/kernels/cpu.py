@@ -1,18 +1,12 @@
 """The backend for CPUs: loops compiled by Numba, over all gradients of all groups at once, on several threads.
 
 The work is cut into chunks whose bounds depend on the gradients alone, and what they give is added up in their order:
-the same gradients give the same bits on any number of threads. The threads are ordinary ones of Python that sleep
-between steps, because Numba's own either refuse to be called by two threads at once or, as OpenMP's, spin and do not
-survive a fork.
+the same gradients give the same bits on any number of threads.
 """
 
 import itertools
-import os
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -23,8 +17,9 @@ from torch import Tensor
 from tamegrad.groups import Plan
 from tamegrad.strategies import OnNonfinite
 from tamegrad.torch.decide import COLUMNS, Decision, Thresholds, decide
-from tamegrad.torch.kernels import eager
-from tamegrad.torch.kernels.cpu_loops import add_up, change_chunks, measure_chunks
+from tamegrad.torch.kernels import eager, threads
+from tamegrad.torch.kernels.cpu_decide import decide_compiled
+from tamegrad.torch.kernels.cpu_loops import add_up, change_chunks, has_sizes, measure_chunks
 from tamegrad.torch.kernels.jit import CONVERTS_FLOAT16
 from tamegrad.torch.kernels.memory import DTYPES, Located, Memory, locate
 
@@ -32,8 +27,10 @@ __all__ = ["Kernels"]
 
 # The real numbers in a chunk: even, so that no complex number is cut in two.
 CHUNK = 65_536
-# More tasks than threads, so that a thread that is held up leaves its share to others; none too small to be worth it.
-TASKS_A_THREAD, TASK_BYTES = 4, 2**18
+# The bytes in a task: few, so that a thread that is held up leaves its share to others, but enough to be worth it.
+TASK_BYTES = 2**18
+# As many bytes one thread reads in the time that it takes to begin on several, or in far less where cores are busy.
+ALONE_BYTES = 2**21
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +50,11 @@ _KINDS = {
     torch.complex128: _Kind(np.empty(0, np.float64), pairs=True),
 }
 
-# A kind, and the first and last of its chunks that the task takes.
-_Task: TypeAlias = tuple[_Kind, int, int]
+# The factors, the limit and whether to zero it of a group that keeps its values.
+_KEEPS = np.array([1.0, 1.0, np.inf, 0.0])
+
+# A kind, and between which of the chunks each of its tasks begins and ends.
+_Tasks: TypeAlias = tuple[_Kind, NDArray[np.int64]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,18 +65,18 @@ class _Work:
         sizes: `(P, 2)`: how many values each gradient has, and its dtype.
         chunks: `(C, 3)`, dtype by dtype: position of the gradient, first real number, how many.
         kinds: `(C,)`: the dtype of each chunk.
+        tasks: All chunks, shared out.
         measured: `(M, 3)`: those of the chunks that are measured.
-        tasks: They, shared out for a number of threads.
-        threads: That number.
+        measuring: They, shared out.
         rows: `(M, COLUMNS)`, for what they give.
     """
 
     sizes: NDArray[np.int64]
     chunks: NDArray[np.int64]
     kinds: NDArray[np.int64]
+    tasks: list[_Tasks]
     measured: NDArray[np.int64]
-    tasks: list[_Task]
-    threads: int
+    measuring: list[_Tasks]
     rows: NDArray[np.float64]
 
 
@@ -96,7 +96,8 @@ class Kernels:
         self._counted = np.array(counted, dtype=np.bool_)
         self._group_of = np.array(plan.group_of, dtype=np.int64)
         self._groups = len(plan.groups)
-        self._work = _plan_work(np.zeros((0, 2), dtype=np.int64), self._counted, 1)
+        self._work = _plan_work(np.zeros((0, 2), dtype=np.int64), self._counted)
+        self._thresholds: Thresholds | None = None
 
     def measure(self, gradients: Sequence[Tensor | None], thresholds: Thresholds) -> Tensor:
         """Measures all groups.
@@ -112,15 +113,10 @@ class Kernels:
         if memory is None:
             return self._eager.measure(gradients, thresholds)
         work = self._work_for(memory)
-        addresses, limits = memory.table[:, 0].copy(), thresholds.values.cpu().numpy()[self._group_of]
-
-        def run(function: Callable[..., Any], task: _Task) -> None:
-            kind, first, last = task
-            function(work.measured, addresses, limits, kind.pairs, first, last, kind.like, work.rows)
-
-        for kind in _kinds_of(work.tasks):
-            run(partial(measure_chunks.prepare, kind.like.dtype), (kind, 0, 0))
-        _run_all(work.tasks, partial(run, measure_chunks))
+        addresses, limits = memory.table[:, 0].copy(), self._limits_of(thresholds)
+        for kind, bounds in work.measuring:
+            args = work.measured, addresses, limits, kind.pairs, kind.like, work.rows
+            threads.run(measure_chunks, kind.like.dtype, bounds, *args)
         table = np.zeros((self._groups, COLUMNS))
         add_up(work.measured, work.rows, self._group_of, table)
         return torch.from_numpy(table)
@@ -137,8 +133,10 @@ class Kernels:
         Returns:
             The decision.
         """
-        decision = decide(table, thresholds, on_nonfinite)
-        steps += decision.nonfinite > 0
+        on_host = table.device.type == "cpu"
+        decision = (decide_compiled if on_host else decide)(table, thresholds, on_nonfinite)
+        if decision.may_be_nonfinite:
+            steps += decision.nonfinite > 0
         return decision
 
     def apply_(self, gradients: Sequence[Tensor | None], decision: Decision) -> None:
@@ -148,37 +146,40 @@ class Kernels:
             gradients: As they were measured.
             decision: What to do with each group.
         """
-        changed = decision.changed
-        if not bool(changed.any()):
+        if not decision.may_change:
             return
         memory = _located(gradients)
         if memory is None:
             self._eager.apply_(gradients, decision)
             return
-        work, changes = self._work_for(memory), changed.numpy()[self._group_of]
-        chosen = changes[work.chunks[:, 0]]
-        chunks = work.chunks[chosen]
-        tasks = _share_out(chunks, work.kinds[chosen], work.threads)
-        columns = decision.first, decision.second, decision.limits, decision.zeroed.to(torch.float64)
-        factors, addresses = torch.stack(columns, 1).numpy(), memory.table[:, 0].copy()
-
-        def run(function: Callable[..., Any], task: _Task) -> None:
-            kind, first, last = task
-            function(chunks, addresses, self._group_of, factors, kind.pairs, first, last, kind.like)
-
-        for kind in _kinds_of(tasks):
-            run(partial(change_chunks.prepare, kind.like.dtype), (kind, 0, 0))
-        _run_all(tasks, partial(run, change_chunks))
+        columns = decision.first, decision.second, decision.limits, decision.zeroed
+        factors = np.stack([column.numpy() for column in columns], 1)
+        changes = (factors != _KEEPS).any(1)[self._group_of]
+        work, addresses = self._work_for(memory), memory.table[:, 0].copy()
+        chunks, tasks = work.chunks, work.tasks
+        if not changes.all():
+            chosen = changes[chunks[:, 0]]
+            chunks = chunks[chosen]
+            tasks = _share_out(chunks, work.kinds[chosen])
+        for kind, bounds in tasks:
+            args = chunks, addresses, self._group_of, factors, kind.pairs, kind.like
+            threads.run(change_chunks, kind.like.dtype, bounds, *args)
         for position, values in memory.stand_ins.items():
             gradient = gradients[position]
             if changes[position] and gradient is not None:
                 gradient.copy_(values)
 
+    def _limits_of(self, thresholds: Thresholds) -> NDArray[np.float64]:
+        """Returns how large the values of each parameter may be, by thresholds that mostly are the last step's."""
+        if thresholds is not self._thresholds:
+            limits: NDArray[np.float64] = thresholds.values.cpu().numpy()
+            self._thresholds, self._limits = thresholds, limits[self._group_of]
+        return self._limits
+
     def _work_for(self, memory: Memory) -> _Work:
         """Returns the work for these sizes, which mostly are those of the last step."""
-        sizes, threads = memory.table[:, 1:], torch.get_num_threads()
-        if self._work.threads != threads or not np.array_equal(self._work.sizes, sizes):
-            self._work = _plan_work(sizes.copy(), self._counted, threads)
+        if not has_sizes(memory.table, self._work.sizes):
+            self._work = _plan_work(memory.table[:, 1:].copy(), self._counted)
         return self._work
 
 
@@ -189,13 +190,12 @@ def _located(gradients: Sequence[Tensor | None]) -> Memory | None:
     return None if (memory.table[:, 2] == DTYPES.index(torch.float16)).any() else memory
 
 
-def _plan_work(sizes: NDArray[np.int64], counted: NDArray[np.bool_], threads: int) -> _Work:
-    """Cuts gradients of certain sizes into chunks, and shares out those that are measured."""
+def _plan_work(sizes: NDArray[np.int64], counted: NDArray[np.bool_]) -> _Work:
+    """Cuts gradients of certain sizes into chunks, and shares out all of them and those that are measured."""
     chunks, kinds = cut_into_chunks(sizes)
     chosen = counted[chunks[:, 0]]
-    measured = chunks[chosen]
-    tasks = _share_out(measured, kinds[chosen], threads)
-    return _Work(sizes, chunks, kinds, measured, tasks, threads, np.empty((len(measured), COLUMNS)))
+    measured, rows = chunks[chosen], np.empty((int(chosen.sum()), COLUMNS))
+    return _Work(sizes, chunks, kinds, _share_out(chunks, kinds), measured, _share_out(measured, kinds[chosen]), rows)
 
 
 def cut_into_chunks(sizes: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -216,52 +216,15 @@ def cut_into_chunks(sizes: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArra
     return np.ascontiguousarray(chunks[order]), sizes[positions, 1][order]
 
 
-def _share_out(chunks: NDArray[np.int64], kinds: NDArray[np.int64], threads: int) -> list[_Task]:
-    """Makes tasks of about the same number of bytes."""
-    widths = np.array([_KINDS[dtype].like.itemsize for dtype in DTYPES])
-    ends = np.cumsum(chunks[:, 2] * widths[kinds])
-    total = int(ends[-1]) if len(ends) else 0
-    count = 1 if threads == 1 else max(1, min(threads * TASKS_A_THREAD, total // TASK_BYTES))
-    # A task ends where its share of the bytes does, and where a dtype ends, since every dtype has loops of its own.
-    bounds = {int(bound) for bound in np.searchsorted(ends, np.arange(1, count) * total / count)}
-    bounds |= {0, len(chunks), *(int(bound) + 1 for bound in np.flatnonzero(np.diff(kinds)))}
-    places = sorted(bounds)
-    return [(_KINDS[DTYPES[kinds[first]]], first, last) for first, last in itertools.pairwise(places)]
-
-
-def _kinds_of(tasks: Sequence[_Task]) -> Iterable[_Kind]:
-    return {id(kind): kind for kind, _, _ in tasks}.values()
-
-
-def _run_all(tasks: Sequence[_Task], run: Callable[[_Task], None]) -> None:
-    """Runs tasks, on this thread and as many others as PyTorch would use."""
-    left = deque(tasks)
-
-    def work() -> None:
-        while left:
-            try:
-                task = left.popleft()
-            except IndexError:  # another thread was faster
-                return
-            run(task)
-
-    helpers = [_pool().submit(work) for _ in range(min(torch.get_num_threads(), len(tasks)) - 1)]
-    work()
-    for helper in helpers:
-        # One that has not begun yet has nothing left to do.
-        if not helper.cancel():
-            helper.result()
-
-
-_pools: list[ThreadPoolExecutor] = []
-
-
-def _pool() -> ThreadPoolExecutor:
-    """Returns the threads of this process, which are started when they are first needed and sleep between steps."""
-    if not _pools:
-        _pools.append(ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="tamegrad"))
-    return _pools[0]
-
-
-# A process that forks keeps the pool, but none of its threads.
-os.register_at_fork(after_in_child=_pools.clear)
+def _share_out(chunks: NDArray[np.int64], kinds: NDArray[np.int64]) -> list[_Tasks]:
+    """Makes tasks of about the same number of bytes, dtype by dtype, since every dtype has loops of its own."""
+    tasks = []
+    edges = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), len(chunks)]
+    for first, last in itertools.pairwise(edges):
+        if first < last:
+            kind = _KINDS[DTYPES[kinds[first]]]
+            ends = np.cumsum(chunks[first:last, 2]) * kind.like.itemsize
+            size = TASK_BYTES if ends[-1] > ALONE_BYTES else ends[-1]
+            starts = np.searchsorted(ends, np.arange(0, ends[-1], size), side="right")
+            tasks.append((kind, first + np.append(np.unique(starts), last - first)))
+    return tasks

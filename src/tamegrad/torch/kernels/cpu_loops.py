@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from numba import carray
 from numba.extending import overload
-from numpy.typing import NDArray
 
 from tamegrad.torch.decide import (
     BIG_ABOVE,
@@ -22,9 +21,18 @@ from tamegrad.torch.decide import (
     SMALL_BELOW,
     SMALL_FACTOR,
 )
-from tamegrad.torch.kernels.jit import Entry, half_to_single, inlined, pointer_to, reordered, single_to_half
+from tamegrad.torch.kernels.jit import (
+    Entry,
+    half_to_single,
+    in_parallel,
+    inlined,
+    pointer_to,
+    reordered,
+    single_to_half,
+    take_one,
+)
 
-__all__ = ["add_up", "change_chunks", "measure_chunks"]
+__all__ = ["add_up", "change_chunks", "has_sizes", "measure_chunks"]
 
 # Sums are taken in blocks, so that the rounding errors of a long sum stay small.
 BLOCK = 4096
@@ -84,8 +92,41 @@ def _narrowed(value: Any, like: Any) -> Any:
     return roundings.get(like.dtype.name, _to_float64)
 
 
+def largest(values: Any) -> Any:
+    """Returns the largest magnitude of some values as float64; NaN counts as the largest. Only for compiled code."""
+    raise NotImplementedError
+
+
 @reordered
-def _sum_of_squares(values: Any) -> Any:
+def _largest_bits(bits: Any, magnitude: Any) -> Any:
+    """Returns the largest of some integers of which some bits count; without the sign, floats have the same order."""
+    most = bits.dtype.type(0)
+    for index in range(bits.size):
+        most = max(most, bits.dtype.type(bits[index] & magnitude))
+    return most
+
+
+def _largest_half(values: Any) -> Any:
+    return widened(_largest_bits(values, 0x7FFF))
+
+
+def _largest_single(values: Any) -> Any:
+    bits = np.int32(_largest_bits(values.view(np.int32), 0x7FFF_FFFF))
+    return np.float64(bits.view(np.float32))
+
+
+def _largest_double(values: Any) -> Any:
+    bits = np.int64(_largest_bits(values.view(np.int64), 0x7FFF_FFFF_FFFF_FFFF))
+    return bits.view(np.float64)
+
+
+@overload(largest)  # type: ignore[untyped-decorator]
+def _largest(values: Any) -> Any:
+    return {"float32": _largest_single, "float64": _largest_double}.get(values.dtype.name, _largest_half)
+
+
+@reordered
+def _squares(values: Any) -> Any:
     total = 0.0
     for index in range(values.size):
         wide = widened(values[index])
@@ -93,12 +134,38 @@ def _sum_of_squares(values: Any) -> Any:
     return total
 
 
+@reordered
+def _squares_and_cut(values: Any, limit: Any) -> Any:
+    """Sums squares twice: as they are, and of real numbers that are cut at a limit."""
+    before, after = 0.0, 0.0
+    for index in range(values.size):
+        magnitude = abs(widened(values[index]))
+        before += magnitude * magnitude
+        kept = min(magnitude, limit)
+        after += kept * kept
+    return before, after
+
+
 @inlined
-def _plain_sum(values: Any) -> Any:
-    total = 0.0
+def _measure_quickly(values: Any, row: Any) -> None:
     for start in range(0, values.size, BLOCK):
-        total += _sum_of_squares(values[start : start + BLOCK])
-    return total
+        row[1] += _squares(values[start : start + BLOCK])
+
+
+@inlined
+def _measure_cut_quickly(values: Any, limit: Any, row: Any) -> None:
+    """Measures real numbers before and after a cut, reading a block again only if it is the first of some to be cut."""
+    cut = False
+    for start in range(0, values.size, BLOCK):
+        block = values[start : start + BLOCK]
+        # Where a block was cut the next mostly is too.
+        before, after = _squares_and_cut(block, limit) if cut else (_squares(block), 0.0)
+        expected, cut = cut, largest(block) > limit
+        if cut and not expected:
+            before, after = _squares_and_cut(block, limit)
+        row[1] += before
+        row[7] += after if cut else before
+        row[9] += cut
 
 
 @inlined
@@ -115,6 +182,7 @@ def _add_square(magnitude: Any, sums: Any) -> None:
 @inlined
 def _measure_slowly(values: Any, row: Any) -> None:
     """Sums squares in three ranges, and counts NaN, +inf and -inf."""
+    row[0:3] = 0.0
     for index in range(values.size):
         wide = widened(values[index])
         _add_square(abs(wide), row[0:3])
@@ -122,18 +190,6 @@ def _measure_slowly(values: Any, row: Any) -> None:
             row[3] += 1.0
         elif math.isinf(wide):
             row[4 if wide > 0.0 else 5] += 1.0
-
-
-@reordered
-def _measure_cut_quickly(values: Any, limit: Any) -> Any:
-    """Sums the squares of real numbers that are cut at a limit, and counts those that are."""
-    total, cut = 0.0, 0
-    for index in range(values.size):
-        magnitude = abs(widened(values[index]))
-        cut += magnitude > limit
-        kept = min(magnitude, limit)
-        total += kept * kept
-    return total, cut
 
 
 @inlined
@@ -150,31 +206,60 @@ def _measure_cut_slowly(values: Any, limit: Any, row: Any, pairs: Any) -> None:
 
 
 @inlined
+def _is_safe(total: Any) -> Any:
+    return SAFE_ABOVE < total < SAFE_BELOW
+
+
+@inlined
 def _measure(values: Any, limit: Any, pairs: Any, row: Any) -> None:
     row[:] = 0.0
-    total = _plain_sum(values)
-    if SAFE_ABOVE < total < SAFE_BELOW:
-        row[1] = total
+    has_limit = limit < np.inf
+    if has_limit and not pairs:
+        _measure_cut_quickly(values, limit, row)
     else:
-        _measure_slowly(values, row)
-    if limit == np.inf:
+        _measure_quickly(values, row)
+    if not _is_safe(row[1]) and largest(values) == 0.0:
         return
-    if not pairs:
-        for start in range(0, values.size, BLOCK):
-            after, cut = _measure_cut_quickly(values[start : start + BLOCK], limit)
-            row[7] += after
-            row[9] += cut
-    if pairs or not SAFE_ABOVE < row[7] < SAFE_BELOW:
+    if not _is_safe(row[1]):
+        _measure_slowly(values, row)
+    if has_limit and (pairs or not _is_safe(row[7])):
         _measure_cut_slowly(values, limit, row, pairs)
 
 
-def _measure_chunks(
-    chunks: Any, addresses: Any, limits: Any, pairs: Any, first: Any, last: Any, like: Any, rows: Any
+@inlined
+def _values_of(chunk: Any, addresses: Any, like: Any) -> Any:
+    position, start, length = chunk
+    return carray(pointer_to(addresses[position] + start * like.itemsize, like), length)
+
+
+@inlined
+def _measure_tasks(
+    taken: Any, bounds: Any, chunks: Any, addresses: Any, limits: Any, pairs: Any, like: Any, rows: Any
 ) -> None:
-    for index in range(first, last):
-        position, start, length = chunks[index]
-        values = carray(pointer_to(addresses[position] + start * like.itemsize, like), length)
-        _measure(values, limits[position], pairs, rows[index])
+    task = take_one(taken)
+    while task < bounds.size - 1:
+        for index in range(bounds[task], bounds[task + 1]):
+            values = _values_of(chunks[index], addresses, like)
+            _measure(values, limits[chunks[index, 0]], pairs, rows[index])
+        task = take_one(taken)
+
+
+def _measure_chunks(
+    openmp: Any,
+    threads: Any,
+    taken: Any,
+    bounds: Any,
+    chunks: Any,
+    addresses: Any,
+    limits: Any,
+    pairs: Any,
+    like: Any,
+    rows: Any,
+) -> None:
+    if openmp != 0:
+        in_parallel(openmp, threads, _measure_tasks, (taken, bounds, chunks, addresses, limits, pairs, like, rows))
+    else:
+        _measure_tasks(taken, bounds, chunks, addresses, limits, pairs, like, rows)
 
 
 def _add_up(chunks: Any, rows: Any, group_of: Any, table: Any) -> None:
@@ -184,49 +269,111 @@ def _add_up(chunks: Any, rows: Any, group_of: Any, table: Any) -> None:
             table[group, column] += rows[index, column]
 
 
+def _has_sizes(table: Any, sizes: Any) -> Any:
+    """Says whether a table of where gradients are has these sizes and dtypes in its last two columns."""
+    if table.shape[0] != sizes.shape[0]:
+        return False
+    for index in range(table.shape[0]):
+        if table[index, 1] != sizes[index, 0] or table[index, 2] != sizes[index, 1]:
+            return False
+    return True
+
+
 @inlined
 def _scale(values: Any, first: Any, second: Any) -> None:
+    if first == 1.0:
+        for index in range(values.size):
+            values[index] = narrowed(widened(values[index]) * second, values)
+    else:
+        for index in range(values.size):
+            values[index] = narrowed(widened(values[index]) * first * second, values)
+
+
+def cut(values: Any, limit: Any) -> None:
+    """Cuts real numbers to a limit. Only for compiled code.
+
+    That the limit is rounded to their dtype first changes nothing: a value is above the one only if it is at least at
+    the other.
+    """
+    raise NotImplementedError
+
+
+def _cut_bits(values: Any, limit: Any) -> None:
+    most = narrowed(limit, values)
+    kind = values.dtype.type
     for index in range(values.size):
-        values[index] = narrowed(widened(values[index]) * first * second, values)
+        bits = values[index]
+        values[index] = kind(bits & 0x8000) | min(kind(bits & 0x7FFF), most)
+
+
+def _cut_floats(values: Any, limit: Any) -> None:
+    most = narrowed(limit, values)
+    for index in range(values.size):
+        values[index] = min(max(values[index], -most), most)
+
+
+@overload(cut)  # type: ignore[untyped-decorator]
+def _cut(values: Any, limit: Any) -> Any:
+    del limit
+    return _cut_floats if values.dtype.name in {"float32", "float64"} else _cut_bits
 
 
 @inlined
-def _cut(values: Any, first: Any, second: Any, limit: Any) -> None:
-    for index in range(values.size):
-        wide = widened(values[index]) * first * second
-        values[index] = narrowed(min(max(wide, -limit), limit), values)
-
-
-@inlined
-def _cut_pairs(values: Any, first: Any, second: Any, limit: Any) -> None:
+def _cut_pairs(values: Any, limit: Any) -> None:
     for index in range(0, values.size, 2):
-        real, imaginary = widened(values[index]) * first * second, widened(values[index + 1]) * first * second
+        real, imaginary = widened(values[index]), widened(values[index + 1])
         magnitude = math.hypot(real, imaginary)
         if magnitude > limit:
-            real, imaginary = real / magnitude * limit, imaginary / magnitude * limit
-        values[index] = narrowed(real, values)
-        values[index + 1] = narrowed(imaginary, values)
+            values[index] = narrowed(real / magnitude * limit, values)
+            values[index + 1] = narrowed(imaginary / magnitude * limit, values)
+
+
+@inlined
+def _change(values: Any, first: Any, second: Any, limit: Any, zeroed: Any, pairs: Any) -> None:
+    if zeroed:
+        values[:] = 0
+        return
+    if first != 1.0 or second != 1.0:
+        _scale(values, first, second)
+    if limit < np.inf and pairs:
+        _cut_pairs(values, limit)
+    elif limit < np.inf:
+        cut(values, limit)
+
+
+@inlined
+def _change_tasks(
+    taken: Any, bounds: Any, chunks: Any, addresses: Any, group_of: Any, factors: Any, pairs: Any, like: Any
+) -> None:
+    # From the last to the first: what was measured last is still in the cache.
+    task = bounds.size - 2 - take_one(taken)
+    while task >= 0:
+        for index in range(bounds[task], bounds[task + 1]):
+            values = _values_of(chunks[index], addresses, like)
+            first, second, limit, zeroed = factors[group_of[chunks[index, 0]]]
+            _change(values, first, second, limit, zeroed, pairs)
+        task = bounds.size - 2 - take_one(taken)
 
 
 def _change_chunks(
-    chunks: Any, addresses: Any, group_of: Any, factors: Any, pairs: Any, first: Any, last: Any, like: Any
+    openmp: Any,
+    threads: Any,
+    taken: Any,
+    bounds: Any,
+    chunks: Any,
+    addresses: Any,
+    group_of: Any,
+    factors: Any,
+    pairs: Any,
+    like: Any,
 ) -> None:
-    for index in range(first, last):
-        position, start, length = chunks[index]
-        values = carray(pointer_to(addresses[position] + start * like.itemsize, like), length)
-        one, two, limit, zeroed = factors[group_of[position]]
-        if zeroed:
-            values[:] = 0
-        elif limit == np.inf:
-            _scale(values, one, two)
-        elif pairs:
-            _cut_pairs(values, one, two, limit)
-        else:
-            _cut(values, one, two, limit)
+    if openmp != 0:
+        in_parallel(openmp, threads, _change_tasks, (taken, bounds, chunks, addresses, group_of, factors, pairs, like))
+    else:
+        _change_tasks(taken, bounds, chunks, addresses, group_of, factors, pairs, like)
 
-
-Table = NDArray[Any]
 
 measure_chunks = Entry(_measure_chunks, nogil=True)
 add_up = Entry(_add_up, nogil=True)
+has_sizes = Entry(_has_sizes, nogil=True)
 change_chunks = Entry(_change_chunks, nogil=True)

@@ -11,6 +11,7 @@ at hand: they have not run on one, and nothing here was tuned or timed.
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -145,7 +146,7 @@ class Kernels:
                 ROWS=_GROUP_SUMS,
                 enable_fp_fusion=True,
             )
-        vectors = dict(zip(NUMBERS, numbers.unbind(), strict=True))
+        vectors: dict[str, Any] = dict(zip(NUMBERS, numbers.unbind(), strict=True))
         total_norm = vectors.pop("total_norm")[0]
         clipped, zeroed = flags.unbind()
         return Decision(**vectors, total_norm=total_norm, nonfinite=nonfinite, clipped=clipped, zeroed=zeroed)

@@ -12,10 +12,23 @@ from typing import Any, TypeVar, cast
 import llvmlite.binding
 import numba
 from llvmlite import ir
-from numba.core import types
+from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-__all__ = ["Entry", "call", "inlined", "load", "pointer_to", "reordered"]
+__all__ = [
+    "CONVERTS_FLOAT16",
+    "Entry",
+    "call",
+    "half_to_single",
+    "in_parallel",
+    "inlined",
+    "load",
+    "pointer_to",
+    "prefetch",
+    "reordered",
+    "single_to_half",
+    "take_one",
+]
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
@@ -86,7 +99,8 @@ class Entry:
         return sum(self._dispatcher.stats.cache_misses.values())
 
 
-_WORD, _HALF_WORD = ir.IntType(64), ir.IntType(16)
+_WORD, _INT, _HALF_WORD = ir.IntType(64), ir.IntType(32), ir.IntType(16)
+_ANYTHING = ir.IntType(8).as_pointer()
 
 # Without such instructions LLVM would call functions that may not be there.
 CONVERTS_FLOAT16: bool = platform.machine().lower() in {"arm64", "aarch64"} or bool(
@@ -125,6 +139,21 @@ def load(_: Any, address: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
+def prefetch(_: Any, address: Any) -> Any:
+    """Has the cache line at an address fetched, without waiting for it; an address of nothing does no harm."""
+
+    def generate(context: Any, builder: Any, __: Any, args: Any) -> Any:
+        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        takes = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        function = builder.module.declare_intrinsic("llvm.prefetch", (byte,), takes)
+        # To read, into every level of the cache, data.
+        builder.call(function, [builder.inttoptr(args[0], byte), number(0), number(3), number(1)])
+        return context.get_dummy_value()
+
+    return types.none(address), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
 def call(_: Any, address: Any, arguments: Any) -> Any:
     """Calls a C function at an address with a tuple of 64-bit integers or pointers; returns a 64-bit integer.
 
@@ -148,3 +177,50 @@ def pointer_to(_: Any, address: Any, like: Any) -> Any:
         return builder.inttoptr(args[0], context.get_value_type(pointer))
 
     return pointer(address, like), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def take_one(_: Any, count: Any) -> Any:
+    """Adds 1 to the first integer of an array, which no other thread can do in between; returns what it was."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        array = context.make_array(signature.args[0])(context, builder, args[0])
+        return builder.atomic_rmw("add", array.data, _WORD(1), "monotonic")
+
+    return types.int64(count), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def in_parallel(typing: Any, address: Any, threads: Any, function: Any, arguments: Any) -> Any:
+    """Calls a compiled function with a tuple of arguments on every thread of an OpenMP team, and waits for all.
+
+    Args:
+        typing: What Numba gives.
+        address: Of `GOMP_parallel(void (*function)(void *), void *data, unsigned threads, unsigned flags)`.
+        threads: How many.
+        function: Made by `inlined`, without a result.
+        arguments: Its arguments.
+    """
+    called = function.get_call_type(typing, arguments.types, {})
+
+    def generate(context: Any, builder: Any, _: Any, args: Any) -> Any:
+        start, threads, _, packed = args
+        compiled = function.dispatcher.get_compile_result(called)
+        context.add_linking_libs([compiled.library])
+        body = ir.Function(
+            builder.module, ir.FunctionType(ir.VoidType(), [_ANYTHING]), builder.module.get_unique_name("on_thread")
+        )
+        body.linkage = "internal"
+        inside = ir.IRBuilder(body.append_basic_block())
+        unpacked = inside.load(inside.bitcast(body.args[0], packed.type.as_pointer()))
+        values = [inside.extract_value(unpacked, index) for index in range(len(arguments))]
+        context.call_internal_no_propagate(inside, compiled.fndesc, called, values)
+        inside.ret_void()
+
+        parallel = ir.FunctionType(ir.VoidType(), [body.type, _ANYTHING, _INT, _INT])
+        data = builder.bitcast(cgutils.alloca_once_value(builder, packed), _ANYTHING)
+        team = builder.trunc(threads, _INT)
+        builder.call(builder.inttoptr(start, parallel.as_pointer()), [body, data, team, _INT(0)])
+        return context.get_dummy_value()
+
+    return types.none(address, threads, function, arguments), generate

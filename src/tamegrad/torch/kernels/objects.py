@@ -6,13 +6,16 @@ They call CPython's C functions by address, and find a tensor's memory through t
 
 import ctypes
 import sys
+from dataclasses import astuple
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tamegrad.torch.kernels.jit import Entry, call, inlined, load
+from tamegrad.torch.kernels.jit import Entry, call, inlined, load, prefetch
+from tamegrad.torch.kernels.layout import find_layout
+from tamegrad.torch.kernels.memory import DTYPES
 
 __all__ = ["AVAILABLE", "gather", "unchanged"]
 
@@ -20,6 +23,10 @@ __all__ = ["AVAILABLE", "gather", "unchanged"]
 _DESCRIBE, _VERSION = 40, 1
 # Where every object has its type in builds with a GIL.
 _TYPE = 8
+# Where a dictionary mostly points to its entries; where it does not, nothing but time is lost.
+_ENTRIES = 32
+# How many objects ahead a walk has each step to what it reads fetched.
+_AHEAD, _TABLES_AHEAD = 3, 8
 _NAMES = ("PyObject_GetAttr", "PyList_SetItem", "PyErr_Clear", "PyDict_Size", "PyDict_Next")
 
 
@@ -47,6 +54,11 @@ AVAILABLE = bool(_FUNCTIONS[0])
 # What DLPack calls the CPU, and its codes and bits of the dtypes, in the order of `DTYPES`.
 _CPU = 1
 _CODES = np.array([(2, 16), (4, 16), (2, 32), (2, 64), (5, 64), (5, 128)], dtype=np.int64)
+_layout = find_layout() if AVAILABLE else None
+_LAYOUT = np.array(astuple(_layout) if _layout is not None else (0, 0, 0), dtype=np.int64)
+_COMPLEX = DTYPES.index(torch.complex64)
+# 2**64 divided by the golden ratio, odd, as a signed number.
+_MIXER = 0x9E3779B97F4A7C15 - 2**64
 
 
 @inlined
@@ -68,32 +80,77 @@ def _dense_count(rank: Any, shape: Any, strides: Any) -> Any:
     return count
 
 
-def _gather(parameters: Any, values: Any, functions: Any, objects: Any, codes: Any, table: Any) -> Any:
+@inlined
+def _prefetch_lines(address: Any, lines: Any) -> None:
+    for line in range(lines):
+        prefetch(address + 64 * line)
+
+
+@inlined
+def _look_ahead(parameters: Any, index: Any, layout: Any) -> None:
+    """Has fetched what a walk comes to soon, a step at a time: where to look next stands in what was fetched before.
+
+    Nothing is read but what a living parameter has; of the gradient only the address is taken.
+    """
+    to_tensor, to_autograd, to_gradient = layout
+    last = parameters.size - 1
+    prefetch(parameters[min(index + 4 * _AHEAD, last)])
+    _prefetch_lines(load(parameters[min(index + 3 * _AHEAD, last)] + to_tensor), 3)
+    _prefetch_lines(load(load(parameters[min(index + 2 * _AHEAD, last)] + to_tensor) + to_autograd), 2)
+    autograd = load(load(parameters[min(index + _AHEAD, last)] + to_tensor) + to_autograd)
+    if autograd != 0:
+        _prefetch_lines(load(autograd + to_gradient), 3)
+
+
+def _gather(parameters: Any, values: Any, functions: Any, objects: Any, codes: Any, layout: Any, table: Any) -> Any:
     describe, get_attribute, set_item, clear_error = functions[:4]
     none, tensor_type, name = objects
     described = np.empty(6, np.int64)
+    plain, may_be_lazy = True, False
     for index in range(parameters.size):
+        if layout[0] != 0:
+            _look_ahead(parameters, index, layout)
         gradient = call(get_attribute, (parameters[index], name))
         if gradient == 0:
             call(clear_error, ())
-            return False
+            return False, False
         # The list takes over the reference.
         call(set_item, (values, index, gradient))
         table[index, 0], table[index, 1], table[index, 2] = 0, 0, -1
         if gradient == none:
             continue
         if load(gradient + _TYPE) != tensor_type:
-            return False
+            return False, False
         if np.int32(call(describe, (gradient, described.ctypes.data))) != 0:
             call(clear_error, ())
-            return False
+            return False, False
         # data, device, rank and dtype, shape, strides, offset
         kind = _kind(described[2], codes)
         count = _dense_count(np.int32(described[2]), described[3], described[4])
-        if np.int32(described[1]) != _CPU or kind < 0 or count < 0:
-            return False
+        plain &= np.int32(described[1]) == _CPU and kind >= 0 and count >= 0
+        may_be_lazy |= count == 1 or kind >= _COMPLEX
         table[index, 0], table[index, 1], table[index, 2] = described[0] + described[5], count, kind
-    return True
+    return plain and not _shares_memory(table), may_be_lazy
+
+
+@inlined
+def _shares_memory(table: Any) -> Any:
+    """Says whether two gradients begin at one address, by a table of those seen that is at least half empty."""
+    size = 16
+    while size < 2 * table.shape[0]:
+        size *= 2
+    seen = np.zeros(size, np.int64)
+    for index in range(table.shape[0]):
+        if table[index, 1] == 0:
+            continue
+        # Gradients lie at multiples of some power of two: the product has the other bits mixed into the higher ones.
+        place = (table[index, 0] * _MIXER >> 40) & (size - 1)
+        while seen[place] != 0:
+            if seen[place] == table[index, 0]:
+                return True
+            place = (place + 1) & (size - 1)
+        seen[place] = table[index, 0]
+    return False
 
 
 @inlined
@@ -112,6 +169,9 @@ def _unchanged(tables: Any, sizes: Any, entries: Any, functions: Any) -> Any:
     place = state.ctypes.data
     entry = 0
     for index in range(tables.size):
+        ahead = tables[min(index + _TABLES_AHEAD, tables.size - 1)]
+        prefetch(tables[min(index + 2 * _TABLES_AHEAD, tables.size - 1)])
+        _prefetch_lines(load(ahead + _ENTRIES), 2)
         if call(dict_size, (tables[index],)) != sizes[index]:
             return False
         state[0] = 0
@@ -127,20 +187,22 @@ _gather_compiled = Entry(_gather, nogil=False)
 _unchanged_compiled = Entry(_unchanged, nogil=False)
 
 
-def gather(parameters: NDArray[np.int64], values: list[Any], table: NDArray[np.int64]) -> bool:
+def gather(parameters: NDArray[np.int64], values: list[Any], table: NDArray[np.int64]) -> tuple[bool, bool]:
     """Puts the gradients of parameters into a list, and where they are in memory into a table.
 
     Args:
-        parameters: The `id` of each parameter; they must be alive.
+        parameters: The `id` of each parameter, a tensor; they must be alive.
         values: A list of as many entries, which are replaced.
         table: `(P, 3)`, written: of each gradient the address, how many values, and the position of its dtype in
             `DTYPES`; -1 where there is none.
 
     Returns:
-        Whether all gradients are plain tensors on the CPU that fill their memory. If not, the list and the table are of
-        no use. A conjugation or negation that PyTorch has put off is not seen.
+        Whether all gradients are plain tensors on the CPU that fill memory of their own; if not, the list and the table
+        are of no use. And whether some are complex or single values: those may have a conjugation or negation that
+        PyTorch has put off, which is not seen.
     """
-    return bool(_gather_compiled(parameters, id(values), _FUNCTIONS, _OBJECTS, _CODES, table))
+    plain, may_be_lazy = _gather_compiled(parameters, id(values), _FUNCTIONS, _OBJECTS, _CODES, _LAYOUT, table)
+    return plain, may_be_lazy
 
 
 def unchanged(tables: NDArray[np.int64], sizes: NDArray[np.int64], entries: NDArray[np.int64]) -> bool:

@@ -1,0 +1,115 @@
+"""What `tamegrad.torch.decide.decide` says, compiled: one walk over the groups instead of thirty calls of NumPy."""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tamegrad.strategies import OnNonfinite
+from tamegrad.torch.decide import AFTER, BIG_FACTOR, CUT, NONFINITE, SMALL_FACTOR, SMALLEST_NORMAL, Decision, Thresholds
+from tamegrad.torch.kernels.jit import Entry, inlined
+
+__all__ = ["decide_compiled"]
+
+# Where in a row of the table the counts and the sums after begin.
+_NONFINITE, _AFTER = NONFINITE.start, AFTER.start
+
+
+@inlined
+def _norm(small: Any, middle: Any, big: Any) -> Any:
+    """Combines three sums of squares to a norm `root·unit`, where `unit` is a power of two."""
+    if big > 0.0:
+        return math.sqrt(big + middle * BIG_FACTOR * BIG_FACTOR), 1.0 / BIG_FACTOR
+    if small == 0.0:
+        return math.sqrt(middle), 1.0
+    if middle == 0.0:
+        return math.sqrt(small), 1.0 / SMALL_FACTOR
+    return math.hypot(math.sqrt(middle), math.sqrt(small) / SMALL_FACTOR), 1.0
+
+
+def _decide_rows(
+    table: Any, largest: Any, limits: Any, renormalizes: Any, zero: Any, reals: Any, counts: Any, flags: Any, total: Any
+) -> Any:
+    """Writes the fields of a `Decision`; returns whether any group changes, and whether any is not finite."""
+    norms, scales, norms_after, firsts, seconds, cuts = reals
+    clipped, zeroed = flags
+    any_changes, any_nonfinite = False, False
+    sums = np.zeros(3)
+    for group in range(table.shape[0]):
+        row = table[group]
+        for column in range(3):
+            sums[column] += row[column]
+        root, unit = _norm(row[0], row[1], row[2])
+        nonfinite = row[_NONFINITE] + row[_NONFINITE + 1] + row[_NONFINITE + 2]
+        norm, finite = root * unit, nonfinite == 0.0
+        over = finite and norm > largest[group]
+        cut = finite and row[CUT] > 0.0
+
+        norm_after, scale, first, second = norm, 1.0, 1.0, 1.0
+        if over or (finite and renormalizes[group] and root > 0.0 and norm < largest[group]):
+            ratio = largest[group] / root
+            norm_after, scale, first, second = largest[group], ratio / unit, 1.0, ratio / unit
+            if not SMALLEST_NORMAL <= scale < math.inf:
+                first, second = 1.0 / unit, ratio
+        if cut:
+            root_after, unit_after = _norm(row[_AFTER], row[_AFTER + 1], row[_AFTER + 2])
+            norm_after, scale = root_after * unit_after, root_after / root * (unit_after / unit)
+        if zero and not finite:
+            norm_after, scale = 0.0, 0.0
+
+        norms[group], scales[group], norms_after[group] = norm, scale, norm_after
+        firsts[group], seconds[group], cuts[group] = first, second, limits[group] if cut else math.inf
+        clipped[group], zeroed[group], counts[group] = over or cut, zero and not finite, np.int64(nonfinite)
+        any_changes |= first != 1.0 or second != 1.0 or cuts[group] < math.inf or zeroed[group]
+        any_nonfinite |= not finite
+    root, unit = _norm(sums[0], sums[1], sums[2])
+    total[()] = root * unit
+    return any_changes, any_nonfinite
+
+
+_decide_rows_compiled = Entry(_decide_rows, nogil=True)
+
+
+def decide_compiled(table: Tensor, thresholds: Thresholds, on_nonfinite: OnNonfinite) -> Decision:
+    """Decides on every group from what was measured.
+
+    Args:
+        table: `(G, COLUMNS)` float64 on the CPU.
+        thresholds: The plan's, on the CPU.
+        on_nonfinite: What happens to a group with NaN or infinity.
+
+    Returns:
+        What `decide` returns, and whether there is anything to do.
+    """
+    groups = table.shape[0]
+    reals, counts, flags = np.empty((6, groups)), np.empty(groups, np.int64), np.empty((2, groups), np.bool_)
+    total = np.empty(())
+    may_change, may_be_nonfinite = _decide_rows_compiled(
+        table.numpy(),
+        thresholds.norms.numpy(),
+        thresholds.values.numpy(),
+        thresholds.renormalizes.numpy(),
+        on_nonfinite == "zero",
+        reals,
+        counts,
+        flags,
+        total,
+    )
+    norms, scales, norms_after, first, second, limits = map(torch.from_numpy, reals)
+    clipped, zeroed = map(torch.from_numpy, flags)
+    return Decision(
+        norms=norms,
+        scales=scales,
+        norms_after=norms_after,
+        clipped=clipped,
+        nonfinite=torch.from_numpy(counts),
+        total_norm=torch.from_numpy(total),
+        first=first,
+        second=second,
+        limits=limits,
+        zeroed=zeroed,
+        may_change=may_change,
+        may_be_nonfinite=may_be_nonfinite,
+    )
