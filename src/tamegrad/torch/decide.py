@@ -21,7 +21,7 @@ from tamegrad.strategies import Clip, ClipValue, OnNonfinite, Renormalize
 __all__ = ["Decision", "Thresholds", "decide", "norm_of"]
 
 # Columns of the table: sums of squares before (small, middle, big), counts of NaN, +inf and -inf, and for groups under
-# `ClipValue` the sums of squares after (small, middle, big) and the count of values that are cut.
+# `ClipValue` the sums of squares after (small, middle, big) and how many values, or blocks of them, are cut.
 BEFORE, NONFINITE, AFTER, CUT = slice(0, 3), slice(3, 6), slice(6, 9), 9
 COLUMNS = 10
 
