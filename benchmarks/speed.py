@@ -20,6 +20,7 @@ import torch
 from speed_measure import Growth, Measured, measure_case, measure_growth
 from speed_models import cases
 from speed_page import page, tables
+from speed_sharded import FirstCall, Sharded, measure_first_calls, measure_sharded
 from speed_steps import Share, measure_shares
 from speed_tools import left_out, versions
 
@@ -40,11 +41,15 @@ class Results:
         measured: On each model.
         growth: With growing numbers of layers.
         shares: Of training steps.
+        sharded: On sharded models.
+        first_calls: On the first call there.
     """
 
     measured: list[Measured]
     growth: Growth
     shares: list[Share]
+    sharded: list[Sharded]
+    first_calls: list[FirstCall]
 
 
 def measure(*, quick: bool) -> Results:
@@ -63,7 +68,9 @@ def measure(*, quick: bool) -> Results:
     print("timing growing numbers of layers, and training steps", file=sys.stderr)
     known = {} if quick else {1000: measured[2].nothing}
     growth = measure_growth((1, 2) if quick else GROWTH, 0.0 if quick else GROWTH_SECONDS, known)
-    return Results(measured, growth, measure_shares(quick=quick))
+    shares = measure_shares(quick=quick)
+    print("timing sharded models", file=sys.stderr)
+    return Results(measured, growth, shares, measure_sharded(quick=quick), measure_first_calls(quick=quick))
 
 
 def contract_is_green() -> bool:
@@ -126,14 +133,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made = f"{started}, load average {load:.1f}"
     missing = [f"{name} is not installed and left out: pip install {name}" for name in left_out()]
     print("\n".join([made, *missing]), end="\n\n")
-    print(tables(results.measured, results.growth, results.shares))
+    laid_out = tables(results.measured, results.growth, results.shares, results.sharded, results.first_calls)
+    print(laid_out)
     if options.write is not None:
         # matplotlib is needed for this alone.
         from speed_pictures import draw  # noqa: PLC0415
 
-        pictures = draw(options.write.parent / "pictures", results.measured, results.growth)
-        text = page(tables(results.measured, results.growth, results.shares), made, missing, pictures)
-        options.write.write_text(text, encoding="utf-8")
+        pictures = draw(options.write.parent / "pictures", results.measured, results.growth, results.sharded)
+        options.write.write_text(page(laid_out, made, missing, pictures), encoding="utf-8")
     return 0
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from speed_measure import Growth, Measured
+from speed_sharded import PROCESSES, FirstCall, Sharded
 from speed_steps import Share
 from speed_tools import FOREACH, LOOP, PER_LAYER, READ, WHOLE
 
@@ -15,27 +16,38 @@ _AIMS: dict[str, dict[str, float]] = {
     "ResNet-50": {LOOP: 3, WHOLE: 2, READ: 1.5},
     "1000 x Linear(64, 64)": {LOOP: 48, WHOLE: 12},
 }
+# The same for sharded models of so many layers, and the seconds that a first call may take.
+_SHARDED_LAYERS, _SHARDED_AIMS, _FIRST_SECONDS = 100, {LOOP: 15, WHOLE: 1}, 1.0
 _KEPT = "yes"
 _MISSED = "**no**"
 
 
-def tables(measured: Sequence[Measured], growth: Growth, shares: Sequence[Share]) -> str:
+def tables(
+    measured: Sequence[Measured],
+    growth: Growth,
+    shares: Sequence[Share],
+    sharded: Sequence[Sharded],
+    first_calls: Sequence[FirstCall],
+) -> str:
     """Lays everything out.
 
     Args:
         measured: What was measured on each model.
         growth: With growing numbers of layers.
         shares: Of training steps.
+        sharded: On sharded models.
+        first_calls: On the first call there.
 
     Returns:
         Markdown sections.
     """
     sections = {
-        "What we aim at, and what was measured": _aims(measured),
-        "Where tamegrad loses": _losses(measured),
+        "What we aim at, and what was measured": _aims(measured, sharded, first_calls),
+        "Where tamegrad loses": _losses(measured, sharded),
         **{f"{case.name}: {case.size}": _case(case) for case in measured},
         "More and more layers": _growth(growth),
         "Share of a training step": _shares(shares),
+        "Sharded models": _sharded(sharded, first_calls),
     }
     return "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
 
@@ -56,14 +68,18 @@ def _case(case: Measured) -> str:
             beside = ""
             if tool.rival is not None:
                 ratio = times.ratio(tool.name, tool.rival)
-                beside = f"**{ratio:.2f}**" if ratio < 1 else f"{ratio:.2f}"
+                beside = _beside(ratio)
             row += [f"{1e3 * times.median(tool.name):.2f}", f"{times.ratio(tool.name, floor):.2f}", beside]
         rows.append(row)
     rounds = " and ".join(str(len(times.seconds)) for _, times, _ in case.both())
     return f"{_table(head, rows)}\n\nMedians of {rounds} rounds."
 
 
-def _losses(measured: Sequence[Measured]) -> str:
+def _beside(ratio: float) -> str:
+    return f"**{ratio:.2f}**" if ratio < 1 else f"{ratio:.2f}"
+
+
+def _losses(measured: Sequence[Measured], sharded: Sequence[Sharded]) -> str:
     lines = [
         f"- {case.name}, {what}: {tool.name} takes {ratio:.2f} of the time of {tool.rival}."
         for case in measured
@@ -71,10 +87,15 @@ def _losses(measured: Sequence[Measured]) -> str:
         for tool in times.tools
         if tool.rival is not None and (ratio := times.ratio(tool.name, tool.rival)) < 1
     ]
+    lines += [
+        f"- {row.mesh}, {row.layers} layers: {row.tool} takes {row.ratio:.2f} of the time of {PER_LAYER}."
+        for row in sharded
+        if row.ratio < 1
+    ]
     return "\n".join(lines) or "Nowhere in these tables."
 
 
-def _aims(measured: Sequence[Measured]) -> str:
+def _aims(measured: Sequence[Measured], sharded: Sequence[Sharded], first_calls: Sequence[FirstCall]) -> str:
     rows = []
     for case in measured:
         for other, aim in _AIMS.get(case.name, {}).items():
@@ -88,6 +109,17 @@ def _aims(measured: Sequence[Measured]) -> str:
             fastest = case.everything.ratio_of_fastest(other, PER_LAYER)
             said = f"everything clipped: never slower than {other}"
             rows.append([case.name, said, _times(ratio), _times(fastest), _said(kept=ratio >= 1)])
+    for row in sharded:
+        if row.layers == _SHARDED_LAYERS and row.tool in _SHARDED_AIMS and not row.problem:
+            aim = _SHARDED_AIMS[row.tool]
+            said = f"nothing clipped: at least {aim:g}x as fast as {row.tool}"
+            model = f"{row.layers} layers, {row.mesh}"
+            rows.append([model, said, _times(row.ratio), _times(row.fastest), _said(kept=row.ratio >= aim)])
+    for call in first_calls:
+        if call.tool == PER_LAYER:
+            said = f"the first call takes less than {_FIRST_SECONDS:g} s"
+            in_time = _said(kept=call.seconds < _FIRST_SECONDS)
+            rows.append([f"{call.tensors:,} sharded tensors", said, f"{call.seconds:.2f} s", "", in_time])
     return _table(["model", f"what we aim at for {PER_LAYER}", "measured", "in the fastest rounds", "kept"], rows)
 
 
@@ -118,6 +150,35 @@ def _shares(shares: Sequence[Share]) -> str:
 
 def _clips(share: Share) -> str:
     return "everything" if share.clips else "nothing"
+
+
+def _sharded(sharded: Sequence[Sharded], first_calls: Sequence[FirstCall]) -> str:
+    head = ["mesh", "layers", "tool", "collectives", "ms", "x tamegrad"]
+    rows = [
+        [
+            row.mesh,
+            str(row.layers),
+            row.tool,
+            "" if row.problem else str(row.collectives),
+            f"raises {row.problem}" if row.problem else f"{1e3 * row.seconds:.2f}",
+            "" if row.problem or row.tool == PER_LAYER else _beside(row.ratio),
+        ]
+        for row in sharded
+    ]
+    calls = [[call.tool, f"{call.tensors:,}", f"{call.seconds:.2f}"] for call in first_calls]
+    return _SHARDED.format(
+        processes=PROCESSES, table=_table(head, rows), calls=_table(["first call", "sharded tensors", "s"], calls)
+    )
+
+
+_SHARDED = """\
+Layers of Linear(64, 64) over {processes} processes of one machine, nothing clipped. On the 1-D mesh every tensor is
+sharded as FSDP2 does it, on the 2-D mesh as with tensor parallelism on top, where each bias is copied along one of the
+dimensions.
+
+{table}
+
+{calls}"""
 
 
 def page(text: str, made: str, missing: Sequence[str], pictures: Sequence[tuple[str, str]]) -> str:
@@ -171,6 +232,10 @@ each other in every operation, then lose more than their share, and the ratios f
 - smartclip's thresholds follow the norms it saw; it was first shown one norm far below or above all others. It looks
   up the layer of every parameter anew in every step. A tool that takes over a second is timed in one round alone.
 - With 10,000 layers optax and smartclip are left out: compiling takes minutes, and a step minutes.
+- The processes of sharded models have one thread each and talk over gloo on loopback, which is slower and starts
+  slower than a cluster's network, and the cores are fewer than the processes. What the first process takes is shown.
+  The first call is in new processes, one a core, with everything that is imported or read from the disk then; for
+  tamegrad making the normalizer counts, and its loops were compiled before.
 - The training steps are forward, backward, clipping and AdamW, with `zero_grad` before, so that every gradient is a new
   tensor in every step. The tools take turns here too.
 """

@@ -8,6 +8,7 @@ import matplotlib as mpl  # type: ignore[import-not-found, unused-ignore]  # not
 from matplotlib.axes import Axes  # type: ignore[import-not-found, unused-ignore]  # not where types are checked
 from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]  # not where types are checked
 from speed_measure import Growth, Measured, Times
+from speed_sharded import MESHES, Sharded
 from speed_tools import WRITE
 
 __all__ = ["draw"]
@@ -23,13 +24,16 @@ _STYLE: Any = {
 }
 
 
-def draw(folder: Path, measured: Sequence[Measured], growth: Growth) -> list[tuple[str, str]]:
+def draw(
+    folder: Path, measured: Sequence[Measured], growth: Growth, sharded: Sequence[Sharded]
+) -> list[tuple[str, str]]:
     """Draws the pictures as SVG.
 
     Args:
         folder: Where to; it is made if it is not there.
         measured: What was measured on each model.
         growth: What was measured with growing numbers of layers.
+        sharded: What was measured on sharded models.
 
     Returns:
         The file name of each picture, and what it shows.
@@ -47,6 +51,10 @@ def draw(folder: Path, measured: Sequence[Measured], growth: Growth) -> list[tup
         figure = Figure(figsize=(8, 5), layout="constrained")
         _lines(figure.subplots(), growth)
         pictures.append(_save(figure, folder, "speed-growth.svg", "Time and the number of layers"))
+        figure = Figure(figsize=(11, 3.6), layout="constrained")
+        for axes, mesh in zip(figure.subplots(1, len(MESHES), sharey=True), MESHES, strict=True):
+            _sharded_lines(axes, mesh, [row for row in sharded if row.mesh == mesh])
+        pictures.append(_save(figure, folder, "speed-sharded.svg", "Time and the number of layers of a sharded model"))
     return pictures
 
 
@@ -69,6 +77,27 @@ def _bars(axes: Axes, name: str, times: Times, floor: str) -> None:
     axes.axvline(1.0, color=_FLOOR)
     axes.invert_yaxis()
     axes.set_title(name)
+
+
+def _sharded_lines(axes: Axes, mesh: str, rows: Sequence[Sharded]) -> None:
+    for tool in dict.fromkeys(row.tool for row in rows):
+        mine = [row for row in rows if row.tool == tool and not row.problem]
+        if not mine:
+            axes.annotate(f"{tool.replace('`', '')} raises", (0.03, 0.03), xycoords="axes fraction", fontsize=7)
+            continue
+        places = [(row.layers, 1e3 * row.seconds) for row in mine]
+        line, colour = ("-o", _OURS) if tool.startswith("tamegrad") else (":o", None)
+        label = tool.replace("`", "").replace("a loop of clip_grad_norm_", "loop")
+        axes.plot(*zip(*places, strict=True), line, color=colour, markersize=3, label=label)
+        for row, place in zip(mine, places, strict=True):
+            count = str(row.collectives)
+            axes.annotate(count, place, textcoords="offset points", xytext=(0, 5), fontsize=7, ha="center")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_title(mesh)
+    axes.set_xlabel("layers; the numbers count collectives")
+    axes.set_ylabel("milliseconds, nothing clipped")
+    axes.legend(fontsize=7)
 
 
 def _lines(axes: Axes, growth: Growth) -> None:

@@ -15,6 +15,7 @@ models = importlib.import_module("speed_models")
 timing = importlib.import_module("speed_measure")
 timed = importlib.import_module("speed_tools")
 pages = importlib.import_module("speed_page")
+sharded = importlib.import_module("speed_sharded")
 
 
 @pytest.mark.parametrize(
@@ -83,6 +84,15 @@ def test_the_quick_run_shows_every_tool_on_every_model(
             ours = row[0].strip().startswith(("tamegrad", "floor"))
             assert all(cell.strip() for cell in row[:3] + row[4:6])
             assert bool(row[3].strip()) != ours
+    (section,) = [text for text in sections if text.startswith("Sharded models")]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("|")]
+    for mesh in sharded.MESHES:
+        counts = {row[2]: [other[3] for other in rows if other[:1] + other[2:3] == [mesh, row[2]]] for row in rows[2:8]}
+        dimensions = sharded.MESHES[mesh]
+        assert counts[timed.PER_LAYER] == ["1", "1"]
+        assert counts[timed.LOOP] == [str(dimensions), str(2 * dimensions)]
+        assert counts[timed.WHOLE] == ([str(dimensions)] * 2 if "plain" not in mesh else ["", ""])
+    assert "raises RuntimeError" in section
     assert "torch 2" in out
     assert "commit" in out
 
@@ -113,11 +123,15 @@ def test_what_is_lost_is_shown(case: Any) -> None:
     seconds = np.array([[2.0 if tool.name.startswith("tamegrad") else 1.0 for tool in tools]] * 3)
     times = timing.Times(tools, seconds)
     slow = timing.Measured("GPT-2 124M", "any size", times, times)
-    shown = pages.tables([slow], timing.Growth({}), [])
+    rows = [
+        sharded.Sharded("2-D mesh", 100, timed.WHOLE, 2, 1.0, 0.5, 0.5),
+        sharded.Sharded("2-D mesh", 100, timed.LOOP, 200, 1.0, 14.0, 14.0),
+    ]
+    shown = pages.tables([slow], timing.Growth({}), [], rows, [sharded.FirstCall(2000, timed.PER_LAYER, 1.5)])
     rivals = sum(tool.rival is not None for tool in tools)
-    assert shown.count("takes 0.50 of the time of tamegrad") == 2 * rivals
-    assert shown.count("**0.50**") == 2 * rivals
-    assert shown.count("**no**") == 5
+    assert shown.count("takes 0.50 of the time of tamegrad") == 2 * rivals + 1
+    assert shown.count("**0.50**") == 2 * rivals + 1
+    assert shown.count("**no**") == 5 + 3
     assert "| yes |" not in shown
 
 
@@ -149,10 +163,12 @@ def test_pictures(case: Any, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     pictures = importlib.import_module("speed_pictures")
     growth = timing.Growth({1: case.nothing, 10: case.nothing})
-    drawn = pictures.draw(tmp_path / "pictures", [case] * 4, growth)
+    rows = [sharded.Sharded(mesh, 24, timed.PER_LAYER, 1, 0.1, 1.0, 1.0) for mesh in sharded.MESHES]
+    drawn = pictures.draw(tmp_path / "pictures", [case] * 4, growth, rows)
     assert [name for name, _ in drawn] == [
         "speed-nothing-clipped.svg",
         "speed-everything-clipped.svg",
         "speed-growth.svg",
+        "speed-sharded.svg",
     ]
     assert all("<svg" in (tmp_path / "pictures" / name).read_text(encoding="utf-8") for name, _ in drawn)
