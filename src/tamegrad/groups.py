@@ -11,7 +11,7 @@ from tamegrad.errors import SettingError, UnmatchedError, closest, quoted
 from tamegrad.policy import Override, Policy
 from tamegrad.strategies import Strategy
 
-__all__ = ["Group", "Layer", "Parameter", "Plan", "check_overrides", "make_plan"]
+__all__ = ["Group", "Layer", "Parameter", "Plan", "check_overrides", "make_plan", "unmatched_overrides"]
 
 _ADVICE = "print(normalizer.plan), made without overrides, shows every layer and its parameter types"
 
@@ -180,14 +180,32 @@ def check_overrides(layers: Sequence[Layer], policy: Policy) -> None:
     Raises:
         UnmatchedError: If an override matches no layer, or no parameter type of the layers that it matches.
     """
+    for error in unmatched_overrides(layers, policy).values():
+        raise error
+
+
+def unmatched_overrides(layers: Sequence[Layer], policy: Policy) -> dict[str, UnmatchedError]:
+    """Finds the overrides of a policy that apply nowhere.
+
+    Args:
+        layers: All layers of the model.
+        policy: The policy.
+
+    Returns:
+        By the override's name, what is wrong with it.
+    """
     by_name: dict[str, list[Layer]] = {}
     for layer in layers:
         for name in layer.names:
             by_name.setdefault(name, []).append(layer)
+    unmatched: dict[str, UnmatchedError] = {}
     for override in policy.overrides:
         candidates = layers if override.exact_layer is None else by_name.get(override.exact_layer, [])
         matched = [layer for layer in candidates if override.matches_layer(layer.names, layer.module_class)]
-        _check_matches(override, matched, layers)
+        error = _mismatch(override, matched, layers)
+        if error is not None:
+            unmatched[override.name] = error
+    return unmatched
 
 
 def _group_of(
@@ -214,26 +232,27 @@ def _unique(name: str, taken: dict[str, int]) -> str:
     return name if taken[name] == 1 else f"{name} ({taken[name]})"
 
 
-def _check_matches(override: Override, matched: Sequence[Layer], layers: Sequence[Layer]) -> None:
+def _mismatch(override: Override, matched: Sequence[Layer], layers: Sequence[Layer]) -> UnmatchedError | None:
     if override.type_pattern is None and matched:
-        return
+        return None
     if not matched:
         if isinstance(override.key, type):
             classes = dict.fromkeys(layer.module_class.__name__ for layer in layers if layer.module_class is not None)
             wanted, known = "the class of a module that owns parameters", list(classes)
         else:
             wanted, known = "a layer's name, or a glob", [name for layer in layers for name in reversed(layer.names)]
-        raise UnmatchedError(
+        return UnmatchedError(
             f"override {override.name!r}",
             got=f"a key that matches none of {len(layers)} layers",
             allowed=f"{wanted}; closest: {quoted(closest(override.name, dict.fromkeys(known)))}",
             advice=_ADVICE,
         )
     types = list(dict.fromkeys(parameter_type for layer in matched for parameter_type in layer.types))
-    if not any(override.matches(layer.names, kind, layer.module_class) for layer in matched for kind in layer.types):
-        raise UnmatchedError(
-            f"override {override.name!r}",
-            got=f"a key that matches {quoted(layer.name for layer in matched[:3])}, but none of their parameter types",
-            allowed=f"a parameter type, or a glob; closest: {quoted(closest(override.type_pattern or '', types))}",
-            advice=_ADVICE,
-        )
+    if any(override.matches(layer.names, kind, layer.module_class) for layer in matched for kind in layer.types):
+        return None
+    return UnmatchedError(
+        f"override {override.name!r}",
+        got=f"a key that matches {quoted(layer.name for layer in matched[:3])}, but none of their parameter types",
+        allowed=f"a parameter type, or a glob; closest: {quoted(closest(override.type_pattern or '', types))}",
+        advice=_ADVICE,
+    )

@@ -1,5 +1,6 @@
 """What ranks tell each other: one sum a step, plans that agree, and decisions that are the same everywhere."""
 
+import pickle
 import warnings
 from collections import Counter
 from typing import Any, cast
@@ -19,6 +20,7 @@ from tamegrad import Clip, ClipValue, Policy
 from tamegrad.errors import NonFiniteGradientError, SettingError, TamegradError
 from tamegrad.strategies import OnNonfinite
 from tamegrad.torch import GradientNormalizer, attach, normalize_grad_
+from tamegrad.torch.distributed import _Card
 
 
 class Collectives(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch has no type there
@@ -284,6 +286,26 @@ def test_all_stages_skip_what_one_stage_cannot_use() -> None:
     first, _, second, _ = run_on_ranks(a_pipeline, 4, Clip(1.0), "raise", 3)
     assert "another stage" in first["refusal"]
     assert "third.weight: 1 +inf" in second["refusal"]
+
+
+def an_override_without_a_layer(pattern: str) -> tuple[str, str]:
+    mesh = rows_and_columns()
+    model = nn.Sequential()
+    model.add_module(("first", "second")[mesh["rows"].get_local_rank()], nn.Linear(4, 4))
+    fully_shard(model, mesh=mesh["columns"])
+    groups = [mesh["rows"].get_group()]
+    return refusal_of(lambda: GradientNormalizer(model, Clip(1.0), overrides={pattern: None}, process_groups=groups))
+
+
+def test_an_override_may_match_in_one_stage_but_has_to_in_some() -> None:
+    assert run_on_ranks(an_override_without_a_layer, 4, "second") == [("", "")] * 4
+    for name, message in run_on_ranks(an_override_without_a_layer, 4, "third"):
+        assert name == "UnmatchedError"
+        assert "override 'third'" in message
+
+
+def test_what_a_rank_tells_the_others_is_short() -> None:
+    assert len(pickle.dumps(_Card(None, "0" * 64, (0, 1_000, 9_999)))) < 300
 
 
 def stages_that_disagree() -> tuple[str, str]:

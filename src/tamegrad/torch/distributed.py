@@ -5,7 +5,7 @@ whatever gradients there are, so that no rank waits for another that has nothing
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from tamegrad.errors import SettingError, TamegradError
+from tamegrad.errors import SettingError, TamegradError, UnmatchedError
 from tamegrad.groups import Plan
 from tamegrad.torch.decide import COLUMNS
 from tamegrad.torch.sharding import first_rank, is_counted, is_sharded, mesh_of, ranks_together
@@ -63,30 +63,34 @@ class Reduction:
             self._device = _device_for(self._group, parameters)
         self.counted: tuple[bool, ...] = (True,) * len(parameters)
 
-    def agree(self, make: Callable[[], Plan]) -> Plan:
+    def agree(self, make: Callable[[], tuple[Plan, Mapping[str, UnmatchedError]]]) -> Plan:
         """Makes the plan of this rank and compares it with those of the others, which takes a few collectives.
 
         Args:
-            make: Makes the plan.
+            make: Makes the plan, and says which overrides match nothing here. In a pipeline they may in another stage.
 
         Returns:
             The plan.
 
         Raises:
             TamegradError: What `make` raised.
+            UnmatchedError: If an override matches nothing in any stage.
             SettingError: If another rank has no plan or another plan; then every rank raises.
         """
         plan, problem = None, None
+        unmatched: Mapping[str, UnmatchedError] = {}
         try:
-            plan = make()
+            plan, unmatched = make()
         except TamegradError as error:
             problem = error
+        if not self._stages:
+            problem = problem or next(iter(unmatched.values()), None)
         # Nobody raises before the last collective: others would wait for what this rank no longer joins.
         if self._group is not None:
             found = self._compare(self._group, plan, problem)
             problem = problem or found
         for stages in self._stages:
-            found = stages.compare(plan, problem)
+            found = stages.compare(plan, problem, unmatched)
             problem = problem or found
         if problem is not None:
             raise problem
@@ -155,22 +159,25 @@ class _Stages:
         self._count = 0
         self._rows = self._places = torch.zeros(0, dtype=torch.int64)
 
-    def compare(self, plan: Plan | None, problem: TamegradError | None) -> TamegradError | None:
+    def compare(
+        self, plan: Plan | None, problem: TamegradError | None, unmatched: Mapping[str, UnmatchedError]
+    ) -> TamegradError | None:
         """Finds out which groups the stages share; returns why they cannot go on."""
         groups = [] if plan is None else [(row, g) for row, g in enumerate(plan.groups) if g.strategy.per == "model"]
         mine = {group.name: str(group.strategy) for _, group in groups}
         shared: dict[str, str] = {}
-        for rank, (theirs, failed) in zip(
-            dist.get_process_group_ranks(self._group),
-            _gathered((mine, None if problem is None else str(problem)), self._group),
-            strict=True,
-        ):
+        nowhere = set(unmatched)
+        told = _gathered((mine, set(unmatched), None if problem is None else str(problem)), self._group)
+        for rank, (theirs, missing, failed) in zip(dist.get_process_group_ranks(self._group), told, strict=True):
+            nowhere &= missing
             if failed is not None:
                 return _stage_error(f"an error on rank {rank}: {failed}", f"mend what rank {rank} says")
             for name, strategy in theirs.items():
                 if shared.setdefault(name, strategy) != strategy:
                     both = f"{shared[name]} and, on rank {rank}, {strategy} for the group {name!r}"
                     return _stage_error(both, 'give every stage the same strategies with per="model"')
+        if nowhere:
+            return next(error for name, error in unmatched.items() if name in nowhere)
         names = list(shared)
         self._count = len(names)
         self._rows = torch.tensor([row for row, _ in groups], dtype=torch.int64)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from tamegrad.errors import NonFiniteGradientError, SettingError, TamegradWarning
-from tamegrad.groups import Plan, check_overrides, make_plan
+from tamegrad.errors import NonFiniteGradientError, SettingError, TamegradWarning, UnmatchedError
+from tamegrad.groups import Plan, make_plan, unmatched_overrides
 from tamegrad.policy import Overrides, as_policy
 from tamegrad.report import Report
 from tamegrad.strategies import GradientNormalization, OnNonfinite, check_on_nonfinite
@@ -47,7 +47,8 @@ class GradientNormalizer:
         backend: `"auto"`, which picks by the devices of the parameters; or the backend to use: `"cpu"`, `"eager"`, or
             `"gpu"`, which was checked in Triton's interpreter but has not run on a GPU yet.
         process_groups: For a pipeline: groups with one rank of every stage. Groups with `per="model"` are then of all
-            stages, as are `total_norm` and what `on_nonfinite="skip"` and `"raise"` look at.
+            stages, as are `total_norm` and what `on_nonfinite="skip"` and `"raise"` look at, and an override may match
+            layers of one stage alone.
 
     If parameters are DTensors, every rank has to make its normalizer, and call it, when the others do: making compares
     the plans of the ranks, and every step adds up the norms in one all-reduce. What is a plain tensor beside DTensors
@@ -177,11 +178,11 @@ class GradientNormalizer:
     def _make_plan(self, whole: ModelLayers, *, first: bool) -> None:
         chosen = self._choose(whole)
 
-        def make() -> Plan:
+        def make() -> tuple[Plan, dict[str, UnmatchedError]]:
             if first:
                 check_patterns(self._merged, whole.paths)
-                check_overrides(whole.layers, self._policy)
-            return make_plan(chosen.layers, self._policy)
+            unmatched = unmatched_overrides(whole.layers, self._policy) if first else {}
+            return make_plan(chosen.layers, self._policy), unmatched
 
         self._reduction = Reduction(chosen.parameters, self._process_groups)
         self.plan: Plan = self._reduction.agree(make)

@@ -83,10 +83,10 @@ def ranks_together(meshes: Iterable["DeviceMesh"], rank: int) -> list[int]:
         The ranks, in ascending order.
     """
     slices = [set(ranks) for mesh in meshes for ranks in _parallel_slices(mesh)]
-    together = {rank}
-    while touching := [ranks for ranks in slices if not together.isdisjoint(ranks)]:
-        together = together.union(*touching)
-        slices = [ranks for ranks in slices if together.isdisjoint(ranks)]
+    together, before = {rank}, set[int]()
+    while together != before:
+        before = together
+        together = before.union(*(ranks for ranks in slices if not ranks.isdisjoint(before)))
     return sorted(together)
 
 
