@@ -14,7 +14,7 @@ test: .venv/test
 test-long: .venv/test  ## the property tests with 20,000 examples a backend; one test takes minutes
 	$(BIN)/python -m pytest tests/contract/test_properties.py --hypothesis-profile=long --timeout=1800
 
-bench: .venv/bench  ## tamegrad's speed beside other tools', about five minutes; refuses if the contract suite is red
+bench: .venv/bench  ## tamegrad's speed beside other tools', about eight minutes; refuses if the contract suite is red
 	$(BIN)/python benchmarks/speed.py --write docs/speed.md
 
 lint: .venv/test
