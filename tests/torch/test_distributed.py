@@ -125,12 +125,16 @@ def a_rank_without_gradients() -> list[float]:
     if dist.get_rank() == 1:
         for parameter in model.parameters():
             parameter.grad = None
-    return cast("list[float]", GradientNormalizer(model, Clip(1.0)).normalize_().norms.tolist())
+    with warnings.catch_warnings(record=True, action="always") as said:
+        norms = GradientNormalizer(model, Clip(1.0)).normalize_().norms.tolist()
+    assert ["nothing to normalize" in str(warning.message) for warning in said] == [True] * dist.get_rank()
+    return cast("list[float]", norms)
 
 
 def test_a_rank_without_gradients_adds_nothing_and_nobody_waits_for_it() -> None:
-    with pytest.raises(AssertionError, match="nothing to normalize"):  # the warning, which is an error there
-        run_on_ranks(a_rank_without_gradients, 2)
+    # The other rank has half of 16 + 4 ones.
+    for norms in run_on_ranks(a_rank_without_gradients, 2):
+        assert norms == [10**0.5] * 3
 
 
 def some_gradients() -> list[float]:
@@ -185,6 +189,34 @@ def test_the_plan_follows_a_model_that_changes_on_every_rank() -> None:
     for norms, groups in run_on_ranks(a_changed_model, 2):
         torch.testing.assert_close(norms, [1.0, 1.0, 1.0, 20**0.5])
         assert groups == ["0", "1", "2", "3"]
+
+
+def a_gradient_on_another_mesh() -> tuple[str, str]:
+    mesh, other = init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (1, 2))
+    parameter = nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Shard(0)]))
+    parameter.grad = distribute_tensor(torch.ones(4), other, [Replicate(), Shard(0)])
+    normalizer = GradientNormalizer([("out.bias", parameter)], Clip(1.0))
+    return refusal_of(normalizer.normalize_)
+
+
+def test_a_gradient_on_another_mesh_than_its_parameter_is_refused() -> None:
+    for name, message in run_on_ranks(a_gradient_on_another_mesh, 2):
+        assert name == "SettingError"
+        assert "gradient of out.bias: got a gradient that is sharded over DeviceMesh((1, 2)" in message
+
+
+def gradients_placed_otherwise() -> list[float]:
+    mesh = init_device_mesh("cpu", (2,))
+    parameter = nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)]))
+    parameter.grad = distribute_tensor(torch.arange(16.0).view(4, 4), mesh, [Shard(1)])
+    GradientNormalizer([("out.weight", parameter)], ClipValue(2.0)).normalize_()
+    gradient: Any = parameter.grad
+    assert gradient.placements == parameter.placements  # type: ignore[attr-defined]  # a DTensor
+    return cast("list[float]", gradient.full_tensor().flatten().tolist())
+
+
+def test_a_gradient_that_is_sharded_otherwise_than_its_parameter_is_right_as_well() -> None:
+    assert run_on_ranks(gradients_placed_otherwise, 2) == [[0.0, 1.0] + [2.0] * 14] * 2
 
 
 # What is not finite.
