@@ -7,6 +7,7 @@ the same gradients give the same bits on any number of threads.
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -17,11 +18,13 @@ from torch import Tensor
 from tamegrad.groups import Plan
 from tamegrad.strategies import OnNonfinite
 from tamegrad.torch.decide import COLUMNS, Decision, Thresholds, decide
-from tamegrad.torch.kernels import eager, threads
+from tamegrad.torch.kernels import Gather, eager, objects, threads
 from tamegrad.torch.kernels.cpu_decide import decide_compiled
 from tamegrad.torch.kernels.cpu_loops import add_up, change_chunks, has_sizes, measure_chunks
+from tamegrad.torch.kernels.cpu_overlap import gather_and_measure
 from tamegrad.torch.kernels.jit import CONVERTS_FLOAT16
 from tamegrad.torch.kernels.memory import DTYPES, Located, Memory, locate
+from tamegrad.torch.kernels.threads import Team
 
 __all__ = ["Kernels"]
 
@@ -69,6 +72,7 @@ class _Work:
         measured: `(M, 3)`: those of the chunks that are measured.
         measuring: They, shared out.
         rows: `(M, COLUMNS)`, for what they give.
+        can_overlap: Whether measuring can begin while gradients are collected: there are several tasks, of one dtype.
     """
 
     sizes: NDArray[np.int64]
@@ -78,6 +82,7 @@ class _Work:
     measured: NDArray[np.int64]
     measuring: list[_Tasks]
     rows: NDArray[np.float64]
+    can_overlap: bool
 
 
 class Kernels:
@@ -98,6 +103,40 @@ class Kernels:
         self._groups = len(plan.groups)
         self._work = _plan_work(np.zeros((0, 2), dtype=np.int64), self._counted)
         self._thresholds: Thresholds | None = None
+        # The table of the gradients that were measured while they were collected, until that is used.
+        self._measured: NDArray[np.int64] | None = None
+
+    def gather_for(self, thresholds: Thresholds) -> Gather | None:
+        """Returns what to walk over the gradients with that are measured next, or None if it would gain nothing.
+
+        Args:
+            thresholds: Of the step.
+
+        Returns:
+            What does what `objects.gather` does, and measures meanwhile.
+        """
+        work, team = self._work, threads.team()
+        if team is None or not work.can_overlap:
+            return None
+        return partial(self._gather, work=work, limits=self._limits_of(thresholds), team=team)
+
+    def _gather(
+        self,
+        parameters: NDArray[np.int64],
+        values: list[Any],
+        table: NDArray[np.int64],
+        *,
+        work: _Work,
+        limits: NDArray[np.float64],
+        team: Team,
+    ) -> tuple[bool, bool]:
+        [(kind, bounds)] = work.measuring
+        measuring = bounds, work.measured, limits, kind.pairs, kind.like, work.rows
+        plain, may_be_lazy, measured = gather_and_measure(
+            parameters, values, table, sizes=work.sizes, measuring=measuring, variant=kind.like.dtype, team=team
+        )
+        self._measured = table if measured else None
+        return plain, may_be_lazy
 
     def measure(self, gradients: Sequence[Tensor | None], thresholds: Thresholds) -> Tensor:
         """Measures all groups.
@@ -112,14 +151,20 @@ class Kernels:
         memory = _located(gradients)
         if memory is None:
             return self._eager.measure(gradients, thresholds)
-        work = self._work_for(memory)
-        addresses, limits = memory.table[:, 0].copy(), self._limits_of(thresholds)
-        for kind, bounds in work.measuring:
-            args = work.measured, addresses, limits, kind.pairs, kind.like, work.rows
-            threads.run(measure_chunks, kind.like.dtype, bounds, *args)
+        if memory.table is self._measured:
+            work, self._measured = self._work, None
+        else:
+            work = self._work_for(memory)
+            self._measure(work, memory, self._limits_of(thresholds))
         table = np.zeros((self._groups, COLUMNS))
         add_up(work.measured, work.rows, self._group_of, table)
         return torch.from_numpy(table)
+
+    def _measure(self, work: _Work, memory: Memory, limits: NDArray[np.float64]) -> None:
+        addresses = memory.table[:, 0].copy()
+        for kind, bounds in work.measuring:
+            args = work.measured, addresses, limits, kind.pairs, kind.like, work.rows
+            threads.run(measure_chunks, kind.like.dtype, bounds, *args)
 
     def decide(self, table: Tensor, thresholds: Thresholds, on_nonfinite: OnNonfinite, steps: Tensor) -> Decision:
         """Decides on every group.
@@ -195,7 +240,9 @@ def _plan_work(sizes: NDArray[np.int64], counted: NDArray[np.bool_]) -> _Work:
     chunks, kinds = cut_into_chunks(sizes)
     chosen = counted[chunks[:, 0]]
     measured, rows = chunks[chosen], np.empty((int(chosen.sum()), COLUMNS))
-    return _Work(sizes, chunks, kinds, _share_out(chunks, kinds), measured, _share_out(measured, kinds[chosen]), rows)
+    tasks, measuring = _share_out(chunks, kinds), _share_out(measured, kinds[chosen])
+    can_overlap = objects.AVAILABLE and [len(bounds) > 2 for _, bounds in measuring] == [True]  # noqa: PLR2004  ends
+    return _Work(sizes, chunks, kinds, tasks, measured, measuring, rows, can_overlap)
 
 
 def cut_into_chunks(sizes: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

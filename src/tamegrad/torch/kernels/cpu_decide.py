@@ -88,17 +88,15 @@ def decide_compiled(table: Tensor, thresholds: Thresholds, on_nonfinite: OnNonfi
     total = np.empty(())
     may_change, may_be_nonfinite = _decide_rows_compiled(
         table.numpy(),
-        thresholds.norms.numpy(),
-        thresholds.values.numpy(),
-        thresholds.renormalizes.numpy(),
+        *thresholds.arrays,
         on_nonfinite == "zero",
         reals,
         counts,
         flags,
         total,
     )
-    norms, scales, norms_after, first, second, limits = map(torch.from_numpy, reals)
-    clipped, zeroed = map(torch.from_numpy, flags)
+    norms, scales, norms_after, first, second, limits = torch.from_numpy(reals).unbind()
+    clipped, zeroed = torch.from_numpy(flags).unbind()
     return Decision(
         norms=norms,
         scales=scales,

@@ -32,7 +32,7 @@ from tamegrad.torch.kernels.jit import (
     take_one,
 )
 
-__all__ = ["add_up", "change_chunks", "has_sizes", "measure_chunks"]
+__all__ = ["add_up", "change_chunks", "has_sizes", "measure_between", "measure_chunks"]
 
 # Sums are taken in blocks, so that the rounding errors of a long sum stay small.
 BLOCK = 4096
@@ -233,14 +233,22 @@ def _values_of(chunk: Any, addresses: Any, like: Any) -> Any:
 
 
 @inlined
+def measure_between(
+    first: Any, last: Any, chunks: Any, addresses: Any, limits: Any, pairs: Any, like: Any, rows: Any
+) -> None:
+    """Measures some chunks, one after the other. Only for compiled code."""
+    for index in range(first, last):
+        values = _values_of(chunks[index], addresses, like)
+        _measure(values, limits[chunks[index, 0]], pairs, rows[index])
+
+
+@inlined
 def _measure_tasks(
     taken: Any, bounds: Any, chunks: Any, addresses: Any, limits: Any, pairs: Any, like: Any, rows: Any
 ) -> None:
     task = take_one(taken)
     while task < bounds.size - 1:
-        for index in range(bounds[task], bounds[task + 1]):
-            values = _values_of(chunks[index], addresses, like)
-            _measure(values, limits[chunks[index, 0]], pairs, rows[index])
+        measure_between(bounds[task], bounds[task + 1], chunks, addresses, limits, pairs, like, rows)
         task = take_one(taken)
 
 
