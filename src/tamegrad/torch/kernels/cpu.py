@@ -19,7 +19,7 @@ from tamegrad.groups import Plan
 from tamegrad.strategies import OnNonfinite
 from tamegrad.torch.decide import COLUMNS, Decision, Thresholds, decide
 from tamegrad.torch.kernels import Gather, eager, objects, threads
-from tamegrad.torch.kernels.cpu_decide import decide_compiled
+from tamegrad.torch.kernels.cpu_decide import decide_compiled, factors_of
 from tamegrad.torch.kernels.cpu_loops import add_up, change_chunks, has_sizes, measure_chunks
 from tamegrad.torch.kernels.cpu_overlap import gather_and_measure
 from tamegrad.torch.kernels.jit import CONVERTS_FLOAT16
@@ -53,9 +53,6 @@ _KINDS = {
     torch.complex128: _Kind(np.empty(0, np.float64), pairs=True),
 }
 
-# The factors, the limit and whether to zero it of a group that keeps its values.
-_KEEPS = np.array([1.0, 1.0, np.inf, 0.0])
-
 # A kind, and between which of the chunks each of its tasks begins and ends.
 _Tasks: TypeAlias = tuple[_Kind, NDArray[np.int64]]
 
@@ -71,7 +68,8 @@ class _Work:
         tasks: All chunks, shared out.
         measured: `(M, 3)`: those of the chunks that are measured.
         measuring: They, shared out.
-        rows: `(M, COLUMNS)`, for what they give.
+        sums: `(M,)`, for the sum of squares of each; -1 where there is more to say.
+        rows: `(M, COLUMNS)`, for all that is to be said there.
         can_overlap: Whether measuring can begin while gradients are collected: there are several tasks, of one dtype.
     """
 
@@ -81,6 +79,7 @@ class _Work:
     tasks: list[_Tasks]
     measured: NDArray[np.int64]
     measuring: list[_Tasks]
+    sums: NDArray[np.float64]
     rows: NDArray[np.float64]
     can_overlap: bool
 
@@ -131,7 +130,7 @@ class Kernels:
         team: Team,
     ) -> tuple[bool, bool]:
         [(kind, bounds)] = work.measuring
-        measuring = bounds, work.measured, limits, kind.pairs, kind.like, work.rows
+        measuring = bounds, work.measured, limits, kind.pairs, kind.like, work.sums, work.rows
         plain, may_be_lazy, measured = gather_and_measure(
             parameters, values, table, sizes=work.sizes, measuring=measuring, variant=kind.like.dtype, team=team
         )
@@ -157,13 +156,13 @@ class Kernels:
             work = self._work_for(memory)
             self._measure(work, memory, self._limits_of(thresholds))
         table = np.zeros((self._groups, COLUMNS))
-        add_up(work.measured, work.rows, self._group_of, table)
+        add_up(work.measured, work.sums, work.rows, self._group_of, table)
         return torch.from_numpy(table)
 
     def _measure(self, work: _Work, memory: Memory, limits: NDArray[np.float64]) -> None:
         addresses = memory.table[:, 0].copy()
         for kind, bounds in work.measuring:
-            args = work.measured, addresses, limits, kind.pairs, kind.like, work.rows
+            args = work.measured, addresses, limits, kind.pairs, kind.like, work.sums, work.rows
             threads.run(measure_chunks, kind.like.dtype, bounds, *args)
 
     def decide(self, table: Tensor, thresholds: Thresholds, on_nonfinite: OnNonfinite, steps: Tensor) -> Decision:
@@ -197,12 +196,10 @@ class Kernels:
         if memory is None:
             self._eager.apply_(gradients, decision)
             return
-        columns = decision.first, decision.second, decision.limits, decision.zeroed
-        factors = np.stack([column.numpy() for column in columns], 1)
-        changes = (factors != _KEEPS).any(1)[self._group_of]
+        factors, changes, all_change = factors_of(decision, self._group_of)
         work, addresses = self._work_for(memory), memory.table[:, 0].copy()
         chunks, tasks = work.chunks, work.tasks
-        if not changes.all():
+        if not all_change:
             chosen = changes[chunks[:, 0]]
             chunks = chunks[chosen]
             tasks = _share_out(chunks, work.kinds[chosen])
@@ -239,10 +236,11 @@ def _plan_work(sizes: NDArray[np.int64], counted: NDArray[np.bool_]) -> _Work:
     """Cuts gradients of certain sizes into chunks, and shares out all of them and those that are measured."""
     chunks, kinds = cut_into_chunks(sizes)
     chosen = counted[chunks[:, 0]]
-    measured, rows = chunks[chosen], np.empty((int(chosen.sum()), COLUMNS))
+    measured = chunks[chosen]
+    sums, rows = np.empty(len(measured)), np.empty((len(measured), COLUMNS))
     tasks, measuring = _share_out(chunks, kinds), _share_out(measured, kinds[chosen])
     can_overlap = objects.AVAILABLE and [len(bounds) > 2 for _, bounds in measuring] == [True]  # noqa: PLR2004  ends
-    return _Work(sizes, chunks, kinds, tasks, measured, measuring, rows, can_overlap)
+    return _Work(sizes, chunks, kinds, tasks, measured, measuring, sums, rows, can_overlap)
 
 
 def cut_into_chunks(sizes: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

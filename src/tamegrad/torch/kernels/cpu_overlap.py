@@ -40,7 +40,7 @@ def _is_known(known: Any, position: Any) -> Any:
 @inlined
 def _on_thread(walking: Any, measuring: Any, taken: Any, known: Any, gil: Any, outcome: Any) -> None:
     parameters, values, constants, table, sizes, number_of_thread = walking
-    bounds, chunks, limits, pairs, like, rows = measuring
+    bounds, chunks, limits, pairs, like, sums, rows = measuring
     # The first thread is the one that called, and has the GIL.
     if np.int32(call(number_of_thread, ())) == 0:
         outcome[0], outcome[1], outcome[2] = walk(parameters, values, constants, table, sizes, known)
@@ -50,7 +50,7 @@ def _on_thread(walking: Any, measuring: Any, taken: Any, known: Any, gil: Any, o
     addresses = table[:, 0]
     task = take_one(taken)
     while task < bounds.size - 1 and _is_known(known, chunks[bounds[task + 1] - 1, 0]):
-        measure_between(bounds[task], bounds[task + 1], chunks, addresses, limits, pairs, like, rows)
+        measure_between(bounds[task], bounds[task + 1], chunks, addresses, limits, pairs, like, sums, rows)
         task = take_one(taken)
 
 
@@ -83,12 +83,13 @@ def gather_and_measure(
         values: As in `objects.gather`.
         table: As in `objects.gather`.
         sizes: `(P, 2)`, contiguous: how many values each gradient should have, and its dtype.
-        measuring: Bounds of the tasks, chunks, limits, whether values are pairs, an array like them, rows to write.
+        measuring: Bounds of the tasks, chunks, limits, whether values are pairs, an array like them, and the sums and
+            rows to write.
         variant: What the types of these depend on.
         team: As `threads.team` gave it.
 
     Returns:
-        What `objects.gather` returns, and whether the rows were written: all gradients had these sizes.
+        What `objects.gather` returns, and whether all was measured: all gradients had these sizes.
     """
     openmp, number_of_thread, threads = team
     walking = parameters, id(values), CONSTANTS, table, sizes, number_of_thread
