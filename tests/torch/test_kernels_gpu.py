@@ -254,7 +254,7 @@ def test_decides_as_the_host_does_at_the_edges_of_what_can_be_measured() -> None
     thresholds = Thresholds(norms, torch.full_like(norms, 0.5), (renormalizes > 0) & norms.isfinite())
     assert_decided_as_on_the_host(table, thresholds, "zero", 1e-15)
     finite = table[:, NONFINITE.start] == 0
-    kept = Thresholds(*(getattr(thresholds, name)[finite] for name in Thresholds.__slots__))
+    kept = Thresholds(*(getattr(thresholds, name)[finite] for name in Thresholds.__dataclass_fields__))
     decision = assert_decided_as_on_the_host(table[finite], kept, "keep", 1e-15)
     assert decision.total_norm.isfinite()
 

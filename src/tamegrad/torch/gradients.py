@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tamegrad.errors import SettingError
+from tamegrad.torch.kernels import Gather
 from tamegrad.torch.kernels.memory import DTYPES, Located, Memory, locate
 from tamegrad.torch.partial import settled
 from tamegrad.torch.sharding import local_part, mesh_of, with_local_part
@@ -59,8 +60,11 @@ class Collector:
         self._sharded = any(mesh_of(parameter) is not None for parameter in parameters)
         self._addresses = np.array([id(parameter) for parameter in parameters], dtype=np.int64)
 
-    def collect(self) -> Gradients:
+    def collect(self, gather: Gather | None = None) -> Gradients:
         """Collects the gradients that the parameters have now.
+
+        Args:
+            gather: What to walk over plain tensors with; by default what walks and does nothing else.
 
         Returns:
             The gradients.
@@ -68,7 +72,7 @@ class Collector:
         Raises:
             SettingError: If a gradient is of a kind that cannot be normalized; nothing was changed.
         """
-        plain = self._collect_plain() if self._located and not self._sharded else None
+        plain = self._collect_plain(gather) if self._located and not self._sharded else None
         if plain is not None:
             return Gradients(plain)
         collected = collect(self._parameters, self._names)
@@ -78,7 +82,7 @@ class Collector:
         values.memory = locate(values)
         return Gradients(values, collected.copies)
 
-    def _collect_plain(self) -> Located | None:
+    def _collect_plain(self, gather: Gather | None) -> Located | None:
         """Returns the gradients if all are plain tensors on the CPU that share no memory, which one look can tell."""
         # Numba takes a while to import, and another backend does not need it.
         from tamegrad.torch.kernels import objects  # noqa: PLC0415
@@ -86,7 +90,7 @@ class Collector:
         values, table = Located([None] * len(self._parameters)), np.empty((len(self._parameters), 3), dtype=np.int64)
         if not objects.AVAILABLE:
             return None
-        plain, some_may_be_lazy = objects.gather(self._addresses, values, table)
+        plain, some_may_be_lazy = (gather or objects.gather)(self._addresses, values, table)
         if not plain or (some_may_be_lazy and any(_is_lazy(gradient) for gradient in _may_be_lazy(values, table))):
             return None
         values.memory = Memory(table)

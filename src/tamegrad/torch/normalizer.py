@@ -17,7 +17,7 @@ from tamegrad.strategies import GradientNormalization, OnNonfinite, check_on_non
 from tamegrad.torch.decide import NONFINITE, Decision, Thresholds, norm_of
 from tamegrad.torch.distributed import Reduction, check_process_groups
 from tamegrad.torch.gradients import Collector, Gradients
-from tamegrad.torch.kernels import BACKENDS, BackendName, Choice, choose
+from tamegrad.torch.kernels import BACKENDS, BackendName, Choice, Gathering, choose
 from tamegrad.torch.layers import ModelLayers, check_patterns, find_layers
 from tamegrad.torch.pairs import read_pairs
 from tamegrad.torch.unsupported import refuse_unsupported
@@ -143,9 +143,10 @@ class GradientNormalizer:
             self._nonfinite_before += self._nonfinite_since()
             whole = find_layers(self._model, self._merged) if self._model is not None else self._whole
             self._make_plan(whole, first=False)
-        gradients = self._collector.collect()
-        self._warn_without_gradients(gradients)
         thresholds = self._thresholds if loss_scale is None else self._thresholds.times(loss_scale)
+        gather = self._gathering.gather_for(thresholds) if self._gathering is not None else None
+        gradients = self._collector.collect(gather)
+        self._warn_without_gradients(gradients)
         table, total = self._reduction.reduce(self._kernels.measure(gradients.values, thresholds))
         self._move_to(table.device)
         # Decides and counts the steps at once, which on a GPU is one launch.
@@ -165,9 +166,11 @@ class GradientNormalizer:
         return self.report
 
     def _refuse_capture(self) -> None:
+        if self._on_nonfinite not in {"skip", "raise"}:
+            return
         # A PyTorch without CUDA raises when asked for its stream.
         initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # PyTorch has no type there
-        if self._on_nonfinite in {"skip", "raise"} and initialized and torch.cuda.is_current_stream_capturing():
+        if initialized and torch.cuda.is_current_stream_capturing():
             raise SettingError(
                 f'on_nonfinite="{self._on_nonfinite}"',
                 got="a step while a CUDA graph is captured, which cannot read the device",
@@ -191,7 +194,8 @@ class GradientNormalizer:
         self._group_names = tuple(group.name for group in self.plan.groups)
         self.backend: Choice = choose(self._asked_backend, chosen.parameters)
         self._kernels = BACKENDS[self.backend.name](self.plan, self._reduction.counted)
-        compiled = self.backend.name == "cpu"
+        self._gathering = self._kernels if isinstance(self._kernels, Gathering) else None
+        compiled = self._gathering is not None
         names = (parameter.name for parameter in self.plan.parameters)
         self._collector = Collector(self._parameters, names, located=compiled)
         self._thresholds: Thresholds = Thresholds.of(self.plan)

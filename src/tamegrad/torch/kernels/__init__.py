@@ -3,8 +3,10 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tamegrad.errors import MissingExtraError, SettingError, quoted
@@ -13,7 +15,7 @@ from tamegrad.strategies import OnNonfinite
 from tamegrad.torch.decide import Decision, Thresholds
 from tamegrad.torch.kernels import eager
 
-__all__ = ["BACKENDS", "Backend", "BackendName", "Choice", "choose"]
+__all__ = ["BACKENDS", "Backend", "BackendName", "Choice", "Gather", "Gathering", "choose"]
 
 BackendName: TypeAlias = Literal["auto", "cpu", "gpu", "eager"]
 
@@ -42,6 +44,18 @@ class Backend(Protocol):
 
     def apply_(self, gradients: Sequence[Tensor | None], decision: Decision) -> None:
         """Changes the gradients that were measured, in place, as was decided."""
+
+
+# Does what `tamegrad.torch.kernels.objects.gather` does.
+Gather: TypeAlias = Callable[[NDArray[np.int64], list[Any], NDArray[np.int64]], tuple[bool, bool]]
+
+
+@runtime_checkable
+class Gathering(Backend, Protocol):
+    """A backend that works on addresses, and can begin while they are being collected."""
+
+    def gather_for(self, thresholds: Thresholds) -> Gather | None:
+        """Returns what to walk over the gradients with that are measured next, or None if it would gain nothing."""
 
 
 def _from_file(name: str) -> Callable[[Plan, Sequence[bool]], Backend]:

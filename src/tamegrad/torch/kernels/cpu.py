@@ -7,6 +7,7 @@ the same gradients give the same bits on any number of threads.
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -17,11 +18,13 @@ from torch import Tensor
 from tamegrad.groups import Plan
 from tamegrad.strategies import OnNonfinite
 from tamegrad.torch.decide import COLUMNS, Decision, Thresholds, decide
-from tamegrad.torch.kernels import eager, threads
-from tamegrad.torch.kernels.cpu_decide import decide_compiled
+from tamegrad.torch.kernels import Gather, eager, objects, threads
+from tamegrad.torch.kernels.cpu_decide import decide_compiled, factors_of
 from tamegrad.torch.kernels.cpu_loops import add_up, change_chunks, has_sizes, measure_chunks
+from tamegrad.torch.kernels.cpu_overlap import gather_and_measure
 from tamegrad.torch.kernels.jit import CONVERTS_FLOAT16
 from tamegrad.torch.kernels.memory import DTYPES, Located, Memory, locate
+from tamegrad.torch.kernels.threads import Team
 
 __all__ = ["Kernels"]
 
@@ -50,9 +53,6 @@ _KINDS = {
     torch.complex128: _Kind(np.empty(0, np.float64), pairs=True),
 }
 
-# The factors, the limit and whether to zero it of a group that keeps its values.
-_KEEPS = np.array([1.0, 1.0, np.inf, 0.0])
-
 # A kind, and between which of the chunks each of its tasks begins and ends.
 _Tasks: TypeAlias = tuple[_Kind, NDArray[np.int64]]
 
@@ -68,7 +68,9 @@ class _Work:
         tasks: All chunks, shared out.
         measured: `(M, 3)`: those of the chunks that are measured.
         measuring: They, shared out.
-        rows: `(M, COLUMNS)`, for what they give.
+        sums: `(M,)`, for the sum of squares of each; -1 where there is more to say.
+        rows: `(M, COLUMNS)`, for all that is to be said there.
+        can_overlap: Whether measuring can begin while gradients are collected: there are several tasks, of one dtype.
     """
 
     sizes: NDArray[np.int64]
@@ -77,7 +79,9 @@ class _Work:
     tasks: list[_Tasks]
     measured: NDArray[np.int64]
     measuring: list[_Tasks]
+    sums: NDArray[np.float64]
     rows: NDArray[np.float64]
+    can_overlap: bool
 
 
 class Kernels:
@@ -98,6 +102,40 @@ class Kernels:
         self._groups = len(plan.groups)
         self._work = _plan_work(np.zeros((0, 2), dtype=np.int64), self._counted)
         self._thresholds: Thresholds | None = None
+        # The table of the gradients that were measured while they were collected, until that is used.
+        self._measured: NDArray[np.int64] | None = None
+
+    def gather_for(self, thresholds: Thresholds) -> Gather | None:
+        """Returns what to walk over the gradients with that are measured next, or None if it would gain nothing.
+
+        Args:
+            thresholds: Of the step.
+
+        Returns:
+            What does what `objects.gather` does, and measures meanwhile.
+        """
+        work, team = self._work, threads.team()
+        if team is None or not work.can_overlap:
+            return None
+        return partial(self._gather, work=work, limits=self._limits_of(thresholds), team=team)
+
+    def _gather(
+        self,
+        parameters: NDArray[np.int64],
+        values: list[Any],
+        table: NDArray[np.int64],
+        *,
+        work: _Work,
+        limits: NDArray[np.float64],
+        team: Team,
+    ) -> tuple[bool, bool]:
+        [(kind, bounds)] = work.measuring
+        measuring = bounds, work.measured, limits, kind.pairs, kind.like, work.sums, work.rows
+        plain, may_be_lazy, measured = gather_and_measure(
+            parameters, values, table, sizes=work.sizes, measuring=measuring, variant=kind.like.dtype, team=team
+        )
+        self._measured = table if measured else None
+        return plain, may_be_lazy
 
     def measure(self, gradients: Sequence[Tensor | None], thresholds: Thresholds) -> Tensor:
         """Measures all groups.
@@ -112,14 +150,20 @@ class Kernels:
         memory = _located(gradients)
         if memory is None:
             return self._eager.measure(gradients, thresholds)
-        work = self._work_for(memory)
-        addresses, limits = memory.table[:, 0].copy(), self._limits_of(thresholds)
-        for kind, bounds in work.measuring:
-            args = work.measured, addresses, limits, kind.pairs, kind.like, work.rows
-            threads.run(measure_chunks, kind.like.dtype, bounds, *args)
+        if memory.table is self._measured:
+            work, self._measured = self._work, None
+        else:
+            work = self._work_for(memory)
+            self._measure(work, memory, self._limits_of(thresholds))
         table = np.zeros((self._groups, COLUMNS))
-        add_up(work.measured, work.rows, self._group_of, table)
+        add_up(work.measured, work.sums, work.rows, self._group_of, table)
         return torch.from_numpy(table)
+
+    def _measure(self, work: _Work, memory: Memory, limits: NDArray[np.float64]) -> None:
+        addresses = memory.table[:, 0].copy()
+        for kind, bounds in work.measuring:
+            args = work.measured, addresses, limits, kind.pairs, kind.like, work.sums, work.rows
+            threads.run(measure_chunks, kind.like.dtype, bounds, *args)
 
     def decide(self, table: Tensor, thresholds: Thresholds, on_nonfinite: OnNonfinite, steps: Tensor) -> Decision:
         """Decides on every group.
@@ -152,12 +196,10 @@ class Kernels:
         if memory is None:
             self._eager.apply_(gradients, decision)
             return
-        columns = decision.first, decision.second, decision.limits, decision.zeroed
-        factors = np.stack([column.numpy() for column in columns], 1)
-        changes = (factors != _KEEPS).any(1)[self._group_of]
+        factors, changes, all_change = factors_of(decision, self._group_of)
         work, addresses = self._work_for(memory), memory.table[:, 0].copy()
         chunks, tasks = work.chunks, work.tasks
-        if not changes.all():
+        if not all_change:
             chosen = changes[chunks[:, 0]]
             chunks = chunks[chosen]
             tasks = _share_out(chunks, work.kinds[chosen])
@@ -194,8 +236,11 @@ def _plan_work(sizes: NDArray[np.int64], counted: NDArray[np.bool_]) -> _Work:
     """Cuts gradients of certain sizes into chunks, and shares out all of them and those that are measured."""
     chunks, kinds = cut_into_chunks(sizes)
     chosen = counted[chunks[:, 0]]
-    measured, rows = chunks[chosen], np.empty((int(chosen.sum()), COLUMNS))
-    return _Work(sizes, chunks, kinds, _share_out(chunks, kinds), measured, _share_out(measured, kinds[chosen]), rows)
+    measured = chunks[chosen]
+    sums, rows = np.empty(len(measured)), np.empty((len(measured), COLUMNS))
+    tasks, measuring = _share_out(chunks, kinds), _share_out(measured, kinds[chosen])
+    can_overlap = objects.AVAILABLE and [len(bounds) > 2 for _, bounds in measuring] == [True]  # noqa: PLR2004  ends
+    return _Work(sizes, chunks, kinds, tasks, measured, measuring, sums, rows, can_overlap)
 
 
 def cut_into_chunks(sizes: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -5,13 +5,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tamegrad.strategies import OnNonfinite
 from tamegrad.torch.decide import AFTER, BIG_FACTOR, CUT, NONFINITE, SMALL_FACTOR, SMALLEST_NORMAL, Decision, Thresholds
 from tamegrad.torch.kernels.jit import Entry, inlined
 
-__all__ = ["decide_compiled"]
+__all__ = ["decide_compiled", "factors_of"]
 
 # Where in a row of the table the counts and the sums after begin.
 _NONFINITE, _AFTER = NONFINITE.start, AFTER.start
@@ -69,7 +70,21 @@ def _decide_rows(
     return any_changes, any_nonfinite
 
 
+def _factors_of(columns: Any, group_of: Any, factors: Any, changes: Any) -> Any:
+    first, second, limits, zeroed = columns
+    for group in range(factors.shape[0]):
+        row = factors[group]
+        row[0], row[1], row[2], row[3] = first[group], second[group], limits[group], zeroed[group]
+    all_change = True
+    for position in range(group_of.size):
+        row = factors[group_of[position]]
+        changes[position] = row[0] != 1.0 or row[1] != 1.0 or row[2] != math.inf or row[3] != 0.0
+        all_change &= changes[position]
+    return all_change
+
+
 _decide_rows_compiled = Entry(_decide_rows, nogil=True)
+_factors_of_compiled = Entry(_factors_of, nogil=True)
 
 
 def decide_compiled(table: Tensor, thresholds: Thresholds, on_nonfinite: OnNonfinite) -> Decision:
@@ -88,15 +103,14 @@ def decide_compiled(table: Tensor, thresholds: Thresholds, on_nonfinite: OnNonfi
     total = np.empty(())
     may_change, may_be_nonfinite = _decide_rows_compiled(
         table.numpy(),
-        thresholds.norms.numpy(),
-        thresholds.values.numpy(),
-        thresholds.renormalizes.numpy(),
+        *thresholds.arrays,
         on_nonfinite == "zero",
         reals,
         counts,
         flags,
         total,
     )
+    # Not unbind: with caches cold every other function of PyTorch takes tens of microseconds.
     norms, scales, norms_after, first, second, limits = map(torch.from_numpy, reals)
     clipped, zeroed = map(torch.from_numpy, flags)
     return Decision(
@@ -113,3 +127,20 @@ def decide_compiled(table: Tensor, thresholds: Thresholds, on_nonfinite: OnNonfi
         may_change=may_change,
         may_be_nonfinite=may_be_nonfinite,
     )
+
+
+def factors_of(decision: Decision, group_of: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.bool_], bool]:
+    """Lays a decision out for the loops that apply it.
+
+    Args:
+        decision: The decision, on the CPU.
+        group_of: `(P,)`: the group of each parameter.
+
+    Returns:
+        `(G, 4)`: the factors, the limit, and whether to zero it of each group; `(P,)`: whether each parameter's
+        gradient changes; and whether all do.
+    """
+    columns = decision.first, decision.second, decision.limits, decision.zeroed
+    factors, changes = np.empty((len(decision.first), 4)), np.empty(group_of.shape, np.bool_)
+    all_change = _factors_of_compiled(tuple(column.numpy() for column in columns), group_of, factors, changes)
+    return factors, changes, bool(all_change)

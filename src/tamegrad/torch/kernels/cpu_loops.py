@@ -32,7 +32,7 @@ from tamegrad.torch.kernels.jit import (
     take_one,
 )
 
-__all__ = ["add_up", "change_chunks", "has_sizes", "measure_chunks"]
+__all__ = ["add_up", "change_chunks", "has_sizes", "measure_between", "measure_chunks"]
 
 # Sums are taken in blocks, so that the rounding errors of a long sum stay small.
 BLOCK = 4096
@@ -147,9 +147,11 @@ def _squares_and_cut(values: Any, limit: Any) -> Any:
 
 
 @inlined
-def _measure_quickly(values: Any, row: Any) -> None:
+def _measure_quickly(values: Any) -> Any:
+    total = 0.0
     for start in range(0, values.size, BLOCK):
-        row[1] += _squares(values[start : start + BLOCK])
+        total += _squares(values[start : start + BLOCK])
+    return total
 
 
 @inlined
@@ -211,19 +213,25 @@ def _is_safe(total: Any) -> Any:
 
 
 @inlined
-def _measure(values: Any, limit: Any, pairs: Any, row: Any) -> None:
-    row[:] = 0.0
+def _measure(values: Any, limit: Any, pairs: Any, row: Any) -> Any:
+    """Returns the sum of squares if there is no more to say, as mostly; otherwise writes a row and returns -1."""
     has_limit = limit < np.inf
+    total = 0.0
+    if pairs or not has_limit:
+        total = _measure_quickly(values)
+    if not has_limit and (_is_safe(total) or largest(values) == 0.0):
+        return total
+    row[:] = 0.0
+    row[1] = total
     if has_limit and not pairs:
         _measure_cut_quickly(values, limit, row)
-    else:
-        _measure_quickly(values, row)
     if not _is_safe(row[1]) and largest(values) == 0.0:
-        return
+        return -1.0
     if not _is_safe(row[1]):
         _measure_slowly(values, row)
     if has_limit and (pairs or not _is_safe(row[7])):
         _measure_cut_slowly(values, limit, row, pairs)
+    return -1.0
 
 
 @inlined
@@ -233,14 +241,22 @@ def _values_of(chunk: Any, addresses: Any, like: Any) -> Any:
 
 
 @inlined
+def measure_between(
+    first: Any, last: Any, chunks: Any, addresses: Any, limits: Any, pairs: Any, like: Any, sums: Any, rows: Any
+) -> None:
+    """Measures some chunks, one after the other. Only for compiled code."""
+    for index in range(first, last):
+        values = _values_of(chunks[index], addresses, like)
+        sums[index] = _measure(values, limits[chunks[index, 0]], pairs, rows[index])
+
+
+@inlined
 def _measure_tasks(
-    taken: Any, bounds: Any, chunks: Any, addresses: Any, limits: Any, pairs: Any, like: Any, rows: Any
+    taken: Any, bounds: Any, chunks: Any, addresses: Any, limits: Any, pairs: Any, like: Any, sums: Any, rows: Any
 ) -> None:
     task = take_one(taken)
     while task < bounds.size - 1:
-        for index in range(bounds[task], bounds[task + 1]):
-            values = _values_of(chunks[index], addresses, like)
-            _measure(values, limits[chunks[index, 0]], pairs, rows[index])
+        measure_between(bounds[task], bounds[task + 1], chunks, addresses, limits, pairs, like, sums, rows)
         task = take_one(taken)
 
 
@@ -254,17 +270,23 @@ def _measure_chunks(
     limits: Any,
     pairs: Any,
     like: Any,
+    sums: Any,
     rows: Any,
 ) -> None:
     if openmp != 0:
-        in_parallel(openmp, threads, _measure_tasks, (taken, bounds, chunks, addresses, limits, pairs, like, rows))
+        in_parallel(
+            openmp, threads, _measure_tasks, (taken, bounds, chunks, addresses, limits, pairs, like, sums, rows)
+        )
     else:
-        _measure_tasks(taken, bounds, chunks, addresses, limits, pairs, like, rows)
+        _measure_tasks(taken, bounds, chunks, addresses, limits, pairs, like, sums, rows)
 
 
-def _add_up(chunks: Any, rows: Any, group_of: Any, table: Any) -> None:
+def _add_up(chunks: Any, sums: Any, rows: Any, group_of: Any, table: Any) -> None:
     for index in range(chunks.shape[0]):
         group = group_of[chunks[index, 0]]
+        if sums[index] >= 0.0:
+            table[group, 1] += sums[index]
+            continue
         for column in range(rows.shape[1]):
             table[group, column] += rows[index, column]
 

@@ -25,6 +25,8 @@ __all__ = [
     "load",
     "pointer_to",
     "prefetch",
+    "publish",
+    "published",
     "reordered",
     "single_to_half",
     "take_one",
@@ -188,6 +190,35 @@ def take_one(_: Any, count: Any) -> Any:
         return builder.atomic_rmw("add", array.data, _WORD(1), "monotonic")
 
     return types.int64(count), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def publish(_: Any, place: Any, value: Any) -> Any:
+    """Writes the first integer of an array; a thread that reads it with `published` sees all that was written before.
+
+    Args:
+        _: What Numba gives.
+        place: An array of int64.
+        value: An int64.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        array = context.make_array(signature.args[0])(context, builder, args[0])
+        builder.store_atomic(args[1], array.data, "release", 8)
+        return context.get_dummy_value()
+
+    return types.none(place, types.int64), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def published(_: Any, place: Any) -> Any:
+    """Reads the first integer of an array, which another thread may write with `publish` meanwhile."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        array = context.make_array(signature.args[0])(context, builder, args[0])
+        return builder.load_atomic(array.data, "acquire", 8)
+
+    return types.int64(place), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tamegrad.torch.kernels.jit import Entry, call, inlined, load, prefetch
+from tamegrad.torch.kernels.jit import Entry, call, inlined, load, prefetch, publish
 from tamegrad.torch.kernels.layout import find_layout
 from tamegrad.torch.kernels.memory import DTYPES
 
-__all__ = ["AVAILABLE", "gather", "unchanged"]
+__all__ = ["AVAILABLE", "CONSTANTS", "gather", "unchanged", "walk"]
 
 # Where `DLPackExchangeAPI` has the function that describes a tensor, and the version that says so.
 _DESCRIBE, _VERSION = 40, 1
@@ -56,6 +56,8 @@ _CPU = 1
 _CODES = np.array([(2, 16), (4, 16), (2, 32), (2, 64), (5, 64), (5, 128)], dtype=np.int64)
 _layout = find_layout() if AVAILABLE else None
 _LAYOUT = np.array(astuple(_layout) if _layout is not None else (0, 0, 0), dtype=np.int64)
+# What a walk over parameters needs to know.
+CONSTANTS = _FUNCTIONS, _OBJECTS, _CODES, _LAYOUT
 _COMPLEX = DTYPES.index(torch.complex64)
 # 2**64 divided by the golden ratio, odd, as a signed number.
 _MIXER = 0x9E3779B97F4A7C15 - 2**64
@@ -102,35 +104,59 @@ def _look_ahead(parameters: Any, index: Any, layout: Any) -> None:
         _prefetch_lines(load(autograd + to_gradient), 3)
 
 
-def _gather(parameters: Any, values: Any, functions: Any, objects: Any, codes: Any, layout: Any, table: Any) -> Any:
+@inlined
+def walk(parameters: Any, values: Any, constants: Any, table: Any, sizes: Any, known: Any) -> Any:
+    """Puts gradients into a list and a table, as `gather` says. Only for compiled code.
+
+    Args:
+        parameters: As in `gather`.
+        values: The `id` of the list.
+        constants: `CONSTANTS`.
+        table: As in `gather`.
+        sizes: `(P, 2)`: what the last two columns of the table may turn out to be; or nothing.
+        known: Where to publish after each gradient how many rows of the table are written, all of them of those sizes
+            and on the CPU. If one is not, -1 is, and nothing more.
+
+    Returns:
+        What `gather` returns, and whether all was as expected.
+    """
+    functions, objects, codes, layout = constants
     describe, get_attribute, set_item, clear_error = functions[:4]
     none, tensor_type, name = objects
     described = np.empty(6, np.int64)
-    plain, may_be_lazy = True, False
+    plain, may_be_lazy, expected = True, False, sizes.shape[0] == parameters.size
     for index in range(parameters.size):
         if layout[0] != 0:
             _look_ahead(parameters, index, layout)
         gradient = call(get_attribute, (parameters[index], name))
         if gradient == 0:
             call(clear_error, ())
-            return False, False
+            return False, False, False
         # The list takes over the reference.
         call(set_item, (values, index, gradient))
-        table[index, 0], table[index, 1], table[index, 2] = 0, 0, -1
-        if gradient == none:
-            continue
-        if load(gradient + _TYPE) != tensor_type:
-            return False, False
-        if np.int32(call(describe, (gradient, described.ctypes.data))) != 0:
-            call(clear_error, ())
-            return False, False
-        # data, device, rank and dtype, shape, strides, offset
-        kind = _kind(described[2], codes)
-        count = _dense_count(np.int32(described[2]), described[3], described[4])
-        plain &= np.int32(described[1]) == _CPU and kind >= 0 and count >= 0
-        may_be_lazy |= count == 1 or kind >= _COMPLEX
-        table[index, 0], table[index, 1], table[index, 2] = described[0] + described[5], count, kind
-    return plain and not _shares_memory(table), may_be_lazy
+        address, count, kind = 0, 0, -1
+        if gradient != none:
+            if load(gradient + _TYPE) != tensor_type:
+                return False, False, False
+            if np.int32(call(describe, (gradient, described.ctypes.data))) != 0:
+                call(clear_error, ())
+                return False, False, False
+            # data, device, rank and dtype, shape, strides, offset
+            address, kind = described[0] + described[5], _kind(described[2], codes)
+            count = _dense_count(np.int32(described[2]), described[3], described[4])
+            plain &= np.int32(described[1]) == _CPU and kind >= 0 and count >= 0
+            may_be_lazy |= count == 1 or kind >= _COMPLEX
+        table[index, 0], table[index, 1], table[index, 2] = address, count, kind
+        expected = expected and plain and count == sizes[index, 0] and kind == sizes[index, 1]
+        publish(known, index + 1 if expected else -1)
+    return plain and not _shares_memory(table), may_be_lazy, expected
+
+
+def _gather(parameters: Any, values: Any, constants: Any, table: Any) -> Any:
+    plain, may_be_lazy, _ = walk(
+        parameters, values, constants, table, np.empty((0, 2), np.int64), np.empty(1, np.int64)
+    )
+    return plain, may_be_lazy
 
 
 @inlined
@@ -201,7 +227,7 @@ def gather(parameters: NDArray[np.int64], values: list[Any], table: NDArray[np.i
         are of no use. And whether some are complex or single values: those may have a conjugation or negation that
         PyTorch has put off, which is not seen.
     """
-    plain, may_be_lazy = _gather_compiled(parameters, id(values), _FUNCTIONS, _OBJECTS, _CODES, _LAYOUT, table)
+    plain, may_be_lazy = _gather_compiled(parameters, id(values), CONSTANTS, table)
     return plain, may_be_lazy
 
 

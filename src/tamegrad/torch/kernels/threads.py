@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -16,7 +17,10 @@ from numpy.typing import NDArray
 
 from tamegrad.torch.kernels.jit import Entry
 
-__all__ = ["run"]
+__all__ = ["Team", "run", "team"]
+
+# The addresses of `GOMP_parallel` and `omp_get_thread_num`, and how many threads PyTorch would use.
+Team: TypeAlias = tuple[int, int, int]
 
 
 def run(entry: Entry, variant: object, bounds: NDArray[np.int64], *args: object) -> None:
@@ -40,6 +44,12 @@ def run(entry: Entry, variant: object, bounds: NDArray[np.int64], *args: object)
         _run_on_pool(lambda: entry(*everything), min(threads, tasks))
 
 
+def team() -> Team | None:
+    """Returns PyTorch's own threads, or None if it has none to lend or would use one alone."""
+    threads = torch.get_num_threads()
+    return (_openmp[0], _number_of_thread, threads) if _openmp[0] and threads > 1 else None
+
+
 def _run_on_pool(work: Callable[[], object], threads: int) -> None:
     helpers = [_pool().submit(work) for _ in range(threads - 1)]
     work()
@@ -49,19 +59,26 @@ def _run_on_pool(work: Callable[[], object], threads: int) -> None:
             helper.result()
 
 
-def _find_openmp() -> int:
-    """Returns the address of `GOMP_parallel` where PyTorch runs on OpenMP, or 0. LLVM's and Intel's have it as well."""
+def _find_openmp() -> tuple[int, int]:
+    """Returns the addresses of `GOMP_parallel` and `omp_get_thread_num` where PyTorch runs on OpenMP, or zeros.
+
+    LLVM's and Intel's OpenMP have both as well.
+    """
     if not torch.backends.openmp.is_available():  # type: ignore[no-untyped-call]  # PyTorch has no type there
-        return 0
+        return 0, 0
     folder = Path(torch.__file__).parent / "lib"
     for path in (folder / "libtorch_cpu.so", folder / "libtorch_cpu.dylib"):
         # PyTorch has loaded it long ago: this opens nothing new, and finds the OpenMP that it was linked with.
         if path.exists() and hasattr(library := ctypes.CDLL(str(path)), "GOMP_parallel"):
-            return ctypes.cast(library.GOMP_parallel, ctypes.c_void_p).value or 0
-    return 0
+            start, number = (
+                ctypes.cast(f, ctypes.c_void_p) for f in (library.GOMP_parallel, library.omp_get_thread_num)
+            )
+            return start.value or 0, number.value or 0
+    return 0, 0
 
 
-_openmp: list[int] = [_find_openmp()]
+_start, _number_of_thread = _find_openmp()
+_openmp: list[int] = [_start]
 _pools: list[ThreadPoolExecutor] = []
 
 
