@@ -235,7 +235,8 @@ each other in every operation, then lose more than their share, and the ratios f
 - The processes of sharded models have one thread each and talk over gloo on loopback, which is slower and starts
   slower than a cluster's network, and the cores are fewer than the processes. What the first process takes is shown.
   The first call is in new processes, one a core, with everything that is imported or read from the disk then; for
-  tamegrad making the normalizer counts, and its loops were compiled before.
+  tamegrad making the normalizer counts, and its loops were compiled before. Most of it is loading Numba, which takes
+  longer where SciPy is installed, as it is here for jax.
 - The training steps are forward, backward, clipping and AdamW, with `zero_grad` before, so that every gradient is a new
   tensor in every step. The tools take turns here too.
 """

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tamegrad import Clip
 from tamegrad.torch import GradientNormalizer
 
-__all__ = ["MESHES", "FirstCall", "Sharded", "measure_first_calls", "measure_sharded"]
+__all__ = ["LOADED", "MESHES", "FirstCall", "Sharded", "measure_first_calls", "measure_sharded"]
 
 WIDTH = 64
 # Rounds for the fewest layers; with more layers there are fewer, as long as there are three.
@@ -78,6 +78,8 @@ class FirstCall:
     seconds: float
 
 
+# The first call again, where Numba and the compiled loops were loaded for another model before.
+LOADED = f"{PER_LAYER}, Numba loaded before"
 # What PyTorch does beside a functional collective: waiting for it, and wrapping its result.
 _NO_COLLECTIVES = {"wait_tensor", "_wrap_tensor_autograd"}
 
@@ -123,7 +125,7 @@ def measure_first_calls(*, quick: bool) -> list[FirstCall]:
     layers = 2 if quick else 1000
     return [
         FirstCall(2 * layers, tool, _run_on_processes(FIRST_PROCESSES, _time_first_call, layers, tool))
-        for tool in (PER_LAYER, WHOLE)
+        for tool in (PER_LAYER, LOADED, WHOLE)
     ]
 
 
@@ -185,13 +187,15 @@ def _time_tools(mesh: str, layers: int, rounds: int) -> list[dict[str, Any]]:
 
 
 def _time_first_call(layers: int, tool: str) -> float:
-    model = _model(next(iter(MESHES)), layers)
+    model, other = (_model(next(iter(MESHES)), count) for count in (layers, 1))
+    if tool == LOADED:
+        GradientNormalizer(other, Clip(HUGE)).normalize_()
     dist.barrier()
     start = time.perf_counter()
-    if tool == PER_LAYER:
-        GradientNormalizer(model, Clip(HUGE)).normalize_()
-    else:
+    if tool == WHOLE:
         clip_grad_norm_(model.parameters(), HUGE)
+    else:
+        GradientNormalizer(model, Clip(HUGE)).normalize_()
     return time.perf_counter() - start
 
 

@@ -87,7 +87,10 @@ def test_every_part_is_counted_by_exactly_one_rank_and_ranks_take_turns() -> Non
     busy: Counter[int] = Counter()
     for rank in ranks:
         with as_rank(rank) as mesh:
-            slices = {mesh[names]: sorted(known) for names, known in firsts.items()}
+            slices = {
+                mesh[names]: (sorted(known).index(sharding.first_rank(mesh[names])), len(known))
+                for names, known in firsts.items()
+            }
             for index, tensor in enumerate(tensors_on(mesh)):
                 # Ranks that lie in the same place of the dimensions that are sharded have the same part.
                 where, placements = PLACES[index]

@@ -124,7 +124,8 @@ class Reduction:
         """Compares plans, and finds out who counts what; returns why the ranks cannot go on."""
         lines = _described(plan, self._parameters) if plan is not None else []
         digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-        card = _Card(None if problem is None else str(problem), digest, tuple(map(first_rank, self._meshes)))
+        firsts = tuple(map(first_rank, self._meshes))
+        card = _Card(None if problem is None else str(problem), digest, firsts)
         cards: list[_Card] = _gathered(card, group)
         failed = {rank: card.problem for rank, card in zip(self._ranks, cards, strict=True) if card.problem is not None}
         if failed:
@@ -137,7 +138,10 @@ class Reduction:
             )
         if any(other.digest != digest for other in cards):
             return _difference(lines, group, self._ranks)
-        slices = {mesh: sorted({card.firsts[index] for card in cards}) for index, mesh in enumerate(self._meshes)}
+        slices = {}
+        for mesh, first, *all_firsts in zip(self._meshes, firsts, *(card.firsts for card in cards), strict=True):
+            known = sorted(set(all_firsts))
+            slices[mesh] = known.index(first), len(known)
         self.counted = tuple(
             is_counted(parameter, turn, slices, self._ranks, dist.get_rank())
             for turn, parameter in enumerate(self._parameters)

@@ -26,9 +26,8 @@ __all__ = [
     "with_local_part",
 ]
 
-# Of each mesh of a model the first ranks of all the meshes that are in its place on some rank. There is more than one
-# if the mesh is a slice of a larger mesh: then each slice holds a copy.
-Slices: TypeAlias = Mapping["DeviceMesh", Sequence[int]]
+# Of each mesh of a model, which of the slices of a larger mesh it is, and how many there are: each holds a copy.
+Slices: TypeAlias = Mapping["DeviceMesh", tuple[int, int]]
 
 
 def mesh_of(tensor: Tensor) -> "DeviceMesh | None":
@@ -126,10 +125,10 @@ def is_counted(tensor: Any, turn: int, slices: Slices, ranks: Sequence[int], ran
     mesh = mesh_of(tensor)
     if mesh is None:
         return ranks[turn % len(ranks)] == rank
-    coordinate, firsts = mesh.get_coordinate(), slices[mesh]
-    if coordinate is None or firsts[turn % len(firsts)] != first_rank(mesh):
+    coordinate, (own, count) = mesh.get_coordinate(), slices[mesh]
+    if coordinate is None or turn % count != own:
         return False
-    turn //= len(firsts)
+    turn //= count
     for place, size, placement in zip(coordinate, mesh.shape, tensor.placements, strict=True):
         if placement.is_replicate():
             if place != turn % size:
