@@ -83,7 +83,8 @@ def _sharded_lines(axes: Axes, mesh: str, rows: Sequence[Sharded]) -> None:
     for tool in dict.fromkeys(row.tool for row in rows):
         mine = [row for row in rows if row.tool == tool and not row.problem]
         if not mine:
-            axes.annotate(f"{tool.replace('`', '')} raises", (0.03, 0.03), xycoords="axes fraction", fontsize=7)
+            raises = f"{tool.replace('`', '')} raises"
+            axes.annotate(raises, (0.5, 0.5), xycoords="axes fraction", fontsize=7, ha="center")
             continue
         places = [(row.layers, 1e3 * row.seconds) for row in mine]
         line, colour = ("-o", _OURS) if tool.startswith("tamegrad") else (":o", None)
@@ -94,6 +95,9 @@ def _sharded_lines(axes: Axes, mesh: str, rows: Sequence[Sharded]) -> None:
             axes.annotate(count, place, textcoords="offset points", xytext=(0, 5), fontsize=7, ha="center")
     axes.set_xscale("log")
     axes.set_yscale("log")
+    layers = sorted({row.layers for row in rows})
+    axes.set_xticks(layers, map(str, layers))
+    axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
     axes.set_title(mesh)
     axes.set_xlabel("layers; the numbers count collectives")
     axes.set_ylabel("milliseconds, nothing clipped")
