@@ -217,9 +217,8 @@ each other in every operation, then lose more than their share, and the ratios f
 ## What stands in the way
 
 - Of 1,000 small layers every gradient is an object of Python that has to be found in memory, through three pointers, by
-  the one thread that may; the other measures meanwhile what was found. That alone takes longer than to read the values,
-  and what is left is code that runs once a step with cold caches: looking whether the model changed, deciding, the
-  report. 12x would take all of it in one compiled call.
+  the one thread that may; the other measures meanwhile what was found. The rest is code that runs once a step with cold
+  caches: looking whether the model changed, deciding, the report. One compiled call for all of it would save a part.
 - `ClipValue` has to know that every value is finite before it changes one, so it reads before it writes.
   `clip_grad_value_` writes at once, whatever it finds.
 - The first call loads Numba; what it does for the model itself is in the line "Numba loaded before".
