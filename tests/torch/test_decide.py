@@ -40,11 +40,14 @@ def random_table(ranges: tuple[int, ...]) -> tuple[Tensor, Thresholds]:
 def test_decides_the_same_on_the_host_and_on_a_device(on_nonfinite: OnNonfinite, ranges: tuple[int, ...]) -> None:
     table, thresholds = random_table(ranges)
     vectors = table, thresholds.norms, thresholds.values, thresholds.renormalizes
-    on_host = decide(table, thresholds, on_nonfinite)
+    steps = torch.full((GROUPS,), 5)
+    on_host = decide(table, thresholds, on_nonfinite, steps)
+    assert steps.equal(5 + (table[:, NONFINITE].sum(1) > 0))
     on_device = Decision(*_decide(torch, on_nonfinite, *vectors))
     for name in DECIDED:
         host, device = getattr(on_host, name), getattr(on_device, name)
         assert host.dtype == device.dtype, name
+        # Their square roots and hypotenuses may be a rounding apart.
         np.testing.assert_allclose(host.numpy(), device.numpy(), rtol=1e-15, err_msg=name)
 
 
@@ -59,7 +62,10 @@ def test_compiled_code_decides_the_same_to_the_bit(on_nonfinite: OnNonfinite, ra
     table[1:4, BEFORE], table[4, BEFORE] = torch.tensor([1e-290, 0.0, 0.0]), torch.tensor([0.0, 0.0, 1e290])
     thresholds.norms[1], thresholds.norms[4], thresholds.norms[8] = 1e300, 1e-300, math.inf
     thresholds.norms[9], thresholds.renormalizes[9] = table[9, 1].sqrt(), True
-    compiled, expected = (function(table, thresholds, on_nonfinite) for function in (decide_compiled, decide))
+    ours, theirs = torch.full((GROUPS,), 5), torch.full((GROUPS,), 5)
+    compiled = decide_compiled(table, thresholds, on_nonfinite, ours)
+    expected = decide(table, thresholds, on_nonfinite, theirs)
+    assert ours.equal(theirs)
     for name in DECIDED:
         ours, theirs = getattr(compiled, name), getattr(expected, name)
         assert ours.dtype == theirs.dtype, name
@@ -76,7 +82,7 @@ def test_compiled_code_knows_when_there_is_nothing_to_do(on_nonfinite: OnNonfini
 
     def decided(largest: float) -> Decision:
         thresholds = Thresholds(torch.full_like(infinite, largest), infinite, torch.zeros(3, dtype=torch.bool))
-        return decide_compiled(table, thresholds, on_nonfinite)
+        return decide_compiled(table, thresholds, on_nonfinite, torch.zeros(3, dtype=torch.int64))
 
     assert not decided(2.0).may_change
     assert decided(1.9).may_change

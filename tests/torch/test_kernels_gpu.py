@@ -199,10 +199,10 @@ def assert_decided_as_on_the_host(
     table: Tensor, thresholds: Thresholds, on_nonfinite: OnNonfinite, tolerance: float
 ) -> Decision:
     plan = GradientNormalizer([("out.weight", torch.nn.Parameter(drawn(5)))], Clip(1.0)).plan
-    expected = decide(table, thresholds, on_nonfinite)
-    steps = torch.full((len(table),), 5)
+    steps, expected_steps = torch.full((len(table),), 5), torch.full((len(table),), 5)
+    expected = decide(table, thresholds, on_nonfinite, expected_steps)
     actual = gpu.Kernels(plan, [True] * len(plan.parameters)).decide(table, thresholds, on_nonfinite, steps)
-    assert steps.equal(5 + (expected.nonfinite > 0))
+    assert steps.equal(expected_steps)
     for name in DECIDED:
         ours, theirs = getattr(actual, name), getattr(expected, name)
         assert ours.dtype == theirs.dtype, name
@@ -296,7 +296,8 @@ def test_a_group_that_keeps_its_values_is_not_written() -> None:
     case = Case.of({"kept": {"weight": kept}, "clipped": {"weight": clipped}})
     plan = GradientNormalizer(case.model, Policy(Clip(1e-3), {"kept": Keep()})).plan
     kernels = gpu.Kernels(plan, [True] * len(plan.parameters))
-    decision = decide(kernels.measure([kept, clipped], Thresholds.of(plan)), Thresholds.of(plan), "keep")
+    thresholds, steps = Thresholds.of(plan), torch.zeros(2, dtype=torch.int64)
+    decision = kernels.decide(kernels.measure([kept, clipped], thresholds), thresholds, "keep", steps)
     signaling = 0x7F800001
     kept.view(torch.int32).fill_(signaling)
     kernels.apply_([kept, clipped], decision)
@@ -405,7 +406,7 @@ COMPILE = """
 import sys
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from tamegrad.torch.kernels import gpu, gpu_kernels
+from tamegrad.torch.kernels import gpu, gpu_decide, gpu_kernels
 
 backend, arch, warp, present, limited = sys.argv[1:]
 target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, int(warp))
@@ -414,8 +415,8 @@ constants = {"PRESENT": int(present), "LIMITED": limited == "True", "ALIGNED": T
 special = dict.fromkeys(constants, "constexpr") | {"groups": "i32"}
 special |= dict.fromkeys(["addresses", "facts", "chunks", "ends", "nonfinite", "steps"], "*i64")
 special |= dict.fromkeys(["zeroed", "renormalizes", "flags"], "*i1")
-for name in ("measure_chunk", "add_chunks", "decide_groups", "apply_chunk"):
-    kernel = getattr(gpu_kernels, name)
+kernels = gpu_kernels.measure_chunk, gpu_kernels.add_chunks, gpu_decide.decide_groups, gpu_kernels.apply_chunk
+for kernel in kernels:
     types = {name: special.get(name, "*fp64") for name in kernel.arg_names}
     known = {(kernel.arg_names.index(name),): value for name, value in constants.items() if name in types}
     compile(ASTSource(kernel, types, known), target=target, options={"enable_fp_fusion": True})

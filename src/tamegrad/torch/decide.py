@@ -105,24 +105,28 @@ class Decision:
         return (self.first != 1) | (self.second != 1) | (self.limits < math.inf) | self.zeroed
 
 
-def decide(table: Tensor, thresholds: Thresholds, on_nonfinite: OnNonfinite) -> Decision:
+def decide(table: Tensor, thresholds: Thresholds, on_nonfinite: OnNonfinite, steps: Tensor) -> Decision:
     """Decides on every group from what was measured; nothing is read from the device.
 
     Args:
         table: `(G, COLUMNS)` float64, as the backends measure it.
         thresholds: The plan's, on the same device.
         on_nonfinite: `"zero"` zeroes groups with a NaN or an infinity; with any other choice they are left as they are.
+        steps: `(G,)` int64 on the same device; 1 is added to it for each group with a NaN or an infinity.
 
     Returns:
         The decision.
     """
     vectors = table, thresholds.norms, thresholds.values, thresholds.renormalizes
     if table.device.type != "cpu":
-        return Decision(*_decide(torch, on_nonfinite, *vectors))
-    # On the host NumPy does the same in a fifth of the time, most of which is the cost of a call.
-    with np.errstate(all="ignore"):
-        decided = _decide(np, on_nonfinite, table.numpy(), *thresholds.arrays)
-    return Decision(*(torch.from_numpy(np.asarray(vector)) for vector in decided))
+        decision = Decision(*_decide(torch, on_nonfinite, *vectors))
+    else:
+        # On the host NumPy does the same in a fifth of the time, most of which is the cost of a call.
+        with np.errstate(all="ignore"):
+            decided = _decide(np, on_nonfinite, table.numpy(), *thresholds.arrays)
+        decision = Decision(*(torch.from_numpy(np.asarray(vector)) for vector in decided))
+    steps += decision.nonfinite > 0
+    return decision
 
 
 def _decide(xp: ModuleType, on_nonfinite: OnNonfinite, *vectors: Any) -> tuple[Any, ...]:  # noqa: ANN401  see below

@@ -109,7 +109,9 @@ class Reduction:
         """
         if self._group is not None:
             table = _sum(table, self._group, self._device)
-        total = table.sum(0) if self._stages else None
+        if not self._stages:
+            return table, None
+        total = table.sum(0)
         for stages in self._stages:
             table, total = stages.reduce(table, total)
         return table, total
@@ -188,9 +190,8 @@ class _Stages:
         self._places = torch.tensor([names.index(group.name) for _, group in groups], dtype=torch.int64)
         return None
 
-    def reduce(self, table: Tensor, total: Tensor | None) -> tuple[Tensor, Tensor]:
+    def reduce(self, table: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
         """Adds up the rows that the stages share, and their totals."""
-        assert total is not None
         if self._rows.device != table.device:
             self._rows, self._places = self._rows.to(table.device), self._places.to(table.device)
         packed = table.new_zeros(self._count + 1, COLUMNS)

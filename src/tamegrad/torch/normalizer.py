@@ -187,8 +187,10 @@ class GradientNormalizer:
             unmatched = unmatched_overrides(whole.layers, self._policy) if first else {}
             return make_plan(chosen.layers, self._policy), unmatched
 
-        self._reduction = Reduction(chosen.parameters, self._process_groups)
-        self.plan: Plan = self._reduction.agree(make)
+        # If the ranks do not agree, what was made before stays whole.
+        reduction = Reduction(chosen.parameters, self._process_groups)
+        self.plan: Plan = reduction.agree(make)
+        self._reduction = reduction
         self._whole = whole
         self._parameters = chosen.parameters
         self._group_names = tuple(group.name for group in self.plan.groups)

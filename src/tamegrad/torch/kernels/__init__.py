@@ -36,11 +36,7 @@ class Backend(Protocol):
         """
 
     def decide(self, table: Tensor, thresholds: Thresholds, on_nonfinite: OnNonfinite, steps: Tensor) -> Decision:
-        """Decides on every group from a table that `measure` gave; what `tamegrad.torch.decide.decide` says, faster.
-
-        Adds 1 to `steps`, `(G,)` int64 on the table's device, where a group is not finite. Nothing is read from the
-        device.
-        """
+        """Decides what `tamegrad.torch.decide.decide` does from a table that `measure` gave, or a sum of such."""
 
     def apply_(self, gradients: Sequence[Tensor | None], decision: Decision) -> None:
         """Changes the gradients that were measured, in place, as was decided."""

@@ -166,22 +166,9 @@ class Kernels:
             threads.run(measure_chunks, kind.like.dtype, bounds, *args)
 
     def decide(self, table: Tensor, thresholds: Thresholds, on_nonfinite: OnNonfinite, steps: Tensor) -> Decision:
-        """Decides on every group.
-
-        Args:
-            table: As `measure` gave it, or a sum of such.
-            thresholds: Of the step, on the table's device.
-            on_nonfinite: What happens to a group with NaN or infinity.
-            steps: `(G,)` int64 on the table's device; 1 is added to it for each group with NaN or infinity.
-
-        Returns:
-            The decision.
-        """
+        """Decides on every group, as `Backend` says."""
         on_host = table.device.type == "cpu"
-        decision = (decide_compiled if on_host else decide)(table, thresholds, on_nonfinite)
-        if decision.may_be_nonfinite:
-            steps += decision.nonfinite > 0
-        return decision
+        return (decide_compiled if on_host else decide)(table, thresholds, on_nonfinite, steps)
 
     def apply_(self, gradients: Sequence[Tensor | None], decision: Decision) -> None:
         """Applies a decision in place; a group that keeps its values is not touched.
@@ -239,7 +226,8 @@ def _plan_work(sizes: NDArray[np.int64], counted: NDArray[np.bool_]) -> _Work:
     measured = chunks[chosen]
     sums, rows = np.empty(len(measured)), np.empty((len(measured), COLUMNS))
     tasks, measuring = _share_out(chunks, kinds), _share_out(measured, kinds[chosen])
-    can_overlap = objects.AVAILABLE and [len(bounds) > 2 for _, bounds in measuring] == [True]  # noqa: PLR2004  ends
+    # A task fewer than bounds.
+    can_overlap = objects.AVAILABLE and len(measuring) == 1 and len(measuring[0][1]) - 1 > 1
     return _Work(sizes, chunks, kinds, tasks, measured, measuring, sums, rows, can_overlap)
 
 

@@ -87,13 +87,14 @@ _decide_rows_compiled = Entry(_decide_rows, nogil=True)
 _factors_of_compiled = Entry(_factors_of, nogil=True)
 
 
-def decide_compiled(table: Tensor, thresholds: Thresholds, on_nonfinite: OnNonfinite) -> Decision:
+def decide_compiled(table: Tensor, thresholds: Thresholds, on_nonfinite: OnNonfinite, steps: Tensor) -> Decision:
     """Decides on every group from what was measured.
 
     Args:
         table: `(G, COLUMNS)` float64 on the CPU.
         thresholds: The plan's, on the CPU.
         on_nonfinite: What happens to a group with NaN or infinity.
+        steps: As in `decide`.
 
     Returns:
         What `decide` returns, and whether there is anything to do.
@@ -110,6 +111,9 @@ def decide_compiled(table: Tensor, thresholds: Thresholds, on_nonfinite: OnNonfi
         flags,
         total,
     )
+    nonfinite = torch.from_numpy(counts)
+    if may_be_nonfinite:
+        steps += nonfinite > 0
     # Not unbind: with caches cold every other function of PyTorch takes tens of microseconds.
     norms, scales, norms_after, first, second, limits = map(torch.from_numpy, reals)
     clipped, zeroed = map(torch.from_numpy, flags)
@@ -118,7 +122,7 @@ def decide_compiled(table: Tensor, thresholds: Thresholds, on_nonfinite: OnNonfi
         scales=scales,
         norms_after=norms_after,
         clipped=clipped,
-        nonfinite=torch.from_numpy(counts),
+        nonfinite=nonfinite,
         total_norm=torch.from_numpy(total),
         first=first,
         second=second,

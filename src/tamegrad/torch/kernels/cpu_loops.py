@@ -260,25 +260,11 @@ def _measure_tasks(
         task = take_one(taken)
 
 
-def _measure_chunks(
-    openmp: Any,
-    threads: Any,
-    taken: Any,
-    bounds: Any,
-    chunks: Any,
-    addresses: Any,
-    limits: Any,
-    pairs: Any,
-    like: Any,
-    sums: Any,
-    rows: Any,
-) -> None:
+def _measure_chunks(openmp: Any, threads: Any, arguments: Any) -> None:
     if openmp != 0:
-        in_parallel(
-            openmp, threads, _measure_tasks, (taken, bounds, chunks, addresses, limits, pairs, like, sums, rows)
-        )
+        in_parallel(openmp, threads, _measure_tasks, arguments)
     else:
-        _measure_tasks(taken, bounds, chunks, addresses, limits, pairs, like, sums, rows)
+        _measure_tasks(*arguments)
 
 
 def _add_up(chunks: Any, sums: Any, rows: Any, group_of: Any, table: Any) -> None:
@@ -377,22 +363,11 @@ def _change_tasks(
         task = bounds.size - 2 - take_one(taken)
 
 
-def _change_chunks(
-    openmp: Any,
-    threads: Any,
-    taken: Any,
-    bounds: Any,
-    chunks: Any,
-    addresses: Any,
-    group_of: Any,
-    factors: Any,
-    pairs: Any,
-    like: Any,
-) -> None:
+def _change_chunks(openmp: Any, threads: Any, arguments: Any) -> None:
     if openmp != 0:
-        in_parallel(openmp, threads, _change_tasks, (taken, bounds, chunks, addresses, group_of, factors, pairs, like))
+        in_parallel(openmp, threads, _change_tasks, arguments)
     else:
-        _change_tasks(taken, bounds, chunks, addresses, group_of, factors, pairs, like)
+        _change_tasks(*arguments)
 
 
 measure_chunks = Entry(_measure_chunks, nogil=True)

@@ -63,20 +63,8 @@ class Kernels:
         return table
 
     def decide(self, table: Tensor, thresholds: Thresholds, on_nonfinite: OnNonfinite, steps: Tensor) -> Decision:
-        """Decides on every group.
-
-        Args:
-            table: As `measure` gave it, or a sum of such.
-            thresholds: Of the step, on the table's device.
-            on_nonfinite: What happens to a group with NaN or infinity.
-            steps: `(G,)` int64 on the table's device; 1 is added to it for each group with NaN or infinity.
-
-        Returns:
-            The decision.
-        """
-        decision = decide(table, thresholds, on_nonfinite)
-        steps += decision.nonfinite > 0
-        return decision
+        """Decides on every group, as `Backend` says."""
+        return decide(table, thresholds, on_nonfinite, steps)
 
     def apply_(self, gradients: Sequence[Tensor | None], decision: Decision) -> None:
         """Applies a decision in place.

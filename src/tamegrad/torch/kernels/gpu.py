@@ -23,15 +23,8 @@ from tamegrad.errors import SettingError
 from tamegrad.groups import Plan
 from tamegrad.strategies import ClipValue, OnNonfinite
 from tamegrad.torch.decide import COLUMNS, Decision, Thresholds, decide
-from tamegrad.torch.kernels.gpu_kernels import (
-    INTERPRETED,
-    KINDS,
-    NUMBERS,
-    add_chunks,
-    apply_chunk,
-    decide_groups,
-    measure_chunk,
-)
+from tamegrad.torch.kernels.gpu_decide import NUMBERS, decide_groups
+from tamegrad.torch.kernels.gpu_kernels import INTERPRETED, KINDS, add_chunks, apply_chunk, measure_chunk
 from tamegrad.torch.kernels.memory import is_dense
 
 __all__ = ["BLOCK", "CHUNK", "Kernels"]
@@ -111,21 +104,9 @@ class Kernels:
         return first
 
     def decide(self, table: Tensor, thresholds: Thresholds, on_nonfinite: OnNonfinite, steps: Tensor) -> Decision:
-        """Decides on every group in one launch.
-
-        Args:
-            table: As `measure` gave it, or a sum of such.
-            thresholds: Of the step, on the table's device.
-            on_nonfinite: What happens to a group with NaN or infinity.
-            steps: `(G,)` int64 on the table's device; 1 is added to it for each group with NaN or infinity.
-
-        Returns:
-            The decision, as views of what the launch writes.
-        """
+        """Decides on every group, as `Backend` says, in one launch; the decision is views of what that writes."""
         if table.device.type == "cpu" and not INTERPRETED:
-            decision = decide(table, thresholds, on_nonfinite)
-            steps += decision.nonfinite > 0
-            return decision
+            return decide(table, thresholds, on_nonfinite, steps)
         groups = len(table)
         with _on(table.device):
             numbers = torch.empty(len(NUMBERS), groups, dtype=torch.float64, device=table.device)

@@ -27,8 +27,8 @@ def run(entry: Entry, variant: object, bounds: NDArray[np.int64], *args: object)
     """Runs a compiled function on as many threads as PyTorch would use, which share out the tasks.
 
     Args:
-        entry: Gets the address of `GOMP_parallel` or 0, how many threads to use there, the count of tasks taken, the
-            bounds and the other arguments; returns when no task is left to take.
+        entry: Gets the address of `GOMP_parallel` or 0, how many threads to use there, and a tuple of the count of
+            tasks taken, the bounds and the other arguments; returns when no task is left to take.
         variant: What the types of the arguments depend on.
         bounds: Where each task begins and the last one ends; `(T + 1,)`.
         *args: Other arguments.
@@ -36,7 +36,7 @@ def run(entry: Entry, variant: object, bounds: NDArray[np.int64], *args: object)
     tasks = len(bounds) - 1
     threads = torch.get_num_threads() if tasks > 1 else 1
     address = _openmp[0] if threads > 1 else 0
-    everything = address, threads, np.zeros(1, np.int64), bounds, *args
+    everything = address, threads, (np.zeros(1, np.int64), bounds, *args)
     entry.prepare(variant, *everything)
     if address or threads == 1:
         entry(*everything)
