@@ -7,9 +7,6 @@ import mmap
 import os
 import subprocess
 import sys
-import threading
-import time
-import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,31 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from support.contract import bits
+from support.gradients import model_with, random_gradients
 from tamegrad import Clip, ClipValue, Keep, MissingExtraError, Renormalize
 from tamegrad.torch import GradientNormalizer, normalize_grad_
 from tamegrad.torch.gradients import DTYPES, Collector
-from tamegrad.torch.kernels import choose, cpu, cpu_loops, cpu_overlap, objects, threads
+from tamegrad.torch.kernels import choose, cpu, cpu_loops, objects, threads
 from tamegrad.torch.kernels.layout import find_layout
 
 LENGTHS = (0, 1, 2, 63, 64, 65, 1000, 4095, 4097, cpu.CHUNK - 1, cpu.CHUNK, cpu.CHUNK + 1, 3 * cpu.CHUNK + 7)
 OPENMP = threads._openmp[0]
 REAL_DTYPES = [dtype for dtype in DTYPES if not dtype.is_complex]
 STRATEGIES = [Clip(1.0), Clip(1.0, per="tensor"), ClipValue(0.5), Renormalize(per="model")]
-
-
-def model_with(gradients: list[Tensor]) -> Any:
-    model = nn.Module()
-    for index, gradient in enumerate(gradients):
-        parameter = nn.Parameter(torch.zeros_like(gradient))
-        parameter.grad = gradient
-        model.register_parameter(f"p{index}", parameter)
-    return model
-
-
-def random_gradients(lengths: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    wide = torch.complex128 if dtype.is_complex else torch.float64
-    return [torch.randn(length, generator=generator, dtype=wide).to(dtype) for length in lengths]
 
 
 @pytest.fixture(autouse=True)
@@ -262,105 +245,6 @@ def test_several_threads_may_normalize_at_once() -> None:
         assert all(map(torch.equal, alone, pool.map(normalized, range(4))))
 
 
-def many_small_layers(dtype: torch.dtype = torch.float32) -> Any:
-    return model_with(random_gradients((3000, 100, 7) * 400 + (3 * cpu.CHUNK + 1,), dtype))
-
-
-def collected_while_measuring(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Returns a list to which every step adds whether what was measured while collecting was used."""
-    used: list[bool] = []
-
-    def gather_and_measure(*args: Any, **settings: Any) -> Any:
-        found = cpu_overlap.gather_and_measure(*args, **settings)
-        used.append(found[2])
-        return found
-
-    monkeypatch.setattr(cpu, "gather_and_measure", gather_and_measure)
-    return used
-
-
-OVERLAPS = pytest.mark.skipif(not (OPENMP and objects.AVAILABLE), reason="this PyTorch is built in another way")
-
-
-@OVERLAPS
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=str)
-def test_measuring_while_collecting_gives_the_same_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = many_small_layers(dtype)
-    normalizer = GradientNormalizer(model, ClipValue(1e9), backend="cpu")
-    torch.set_num_threads(2)
-    wanted = bits(normalizer.normalize_().norms)
-    used = collected_while_measuring(monkeypatch)
-    for count in (2, 3, 5) * 10:
-        torch.set_num_threads(count)
-        assert torch.equal(bits(normalizer.normalize_().norms), wanted)
-    assert used == [True] * 30
-    torch.set_num_threads(1)
-    assert torch.equal(bits(normalizer.normalize_().norms), wanted)
-    assert len(used) == 30
-
-
-@OVERLAPS
-@pytest.mark.parametrize("position", [0, 600, 1200])
-def test_what_was_measured_is_dropped_if_any_gradient_is_unlike_the_last(
-    position: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = many_small_layers()
-    parameters = list(model.parameters())
-    normalizer = GradientNormalizer(model, Clip(1e9, per="tensor"), backend="cpu")
-    torch.set_num_threads(2)
-    used = collected_while_measuring(monkeypatch)
-    changed = parameters[position]
-    usual = changed.grad
-    unlike: list[tuple[Tensor | None, bool]] = [
-        (torch.ones(changed.shape), True),
-        (None, False),
-        (torch.ones(changed.shape, dtype=torch.float64), False),
-        (torch.ones(changed.shape).to_sparse(), False),
-        (torch.ones(1).expand(changed.shape), False),
-    ]
-    changed.grad_dtype = None
-    for gradient, expected in unlike:
-        changed.grad = usual
-        before = normalizer.normalize_().norms
-        used.clear()
-        changed.grad = gradient
-        after = normalizer.normalize_().norms
-        assert used == [expected]
-        assert after[position].item() == (0.0 if gradient is None else math.sqrt(changed.numel()))
-        assert torch.equal(
-            torch.cat([before[:position], before[position + 1 :]]), torch.cat([after[:position], after[position + 1 :]])
-        )
-
-
-@OVERLAPS
-def test_another_thread_of_python_runs_while_gradients_are_measured() -> None:
-    normalizer = GradientNormalizer(model_with([torch.ones(2**25)]), Clip(1e9), backend="cpu")
-    torch.set_num_threads(2)
-    normalizer.normalize_()
-    times: list[float] = []
-    done = threading.Event()
-
-    def tick() -> None:
-        while not done.is_set():
-            times.append(time.perf_counter())
-            time.sleep(0)
-
-    def ran_in_between() -> bool:
-        start = time.perf_counter()
-        normalizer.normalize_()
-        end = time.perf_counter()
-        # Had the GIL been kept, the other thread could have run at the beginning and the end alone.
-        return any(start + (end - start) / 4 < moment < end - (end - start) / 4 for moment in times)
-
-    ticking = threading.Thread(target=tick)
-    ticking.start()
-    # On a busy machine the thread may not get its turn every time.
-    seen = any(ran_in_between() for _ in range(50))
-    done.set()
-    ticking.join()
-    assert seen
-
-
 @pytest.mark.skipif(not torch._C.has_openmp, reason="PyTorch has threads that it does not lend")
 def test_no_thread_is_started_beside_those_of_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[ThreadPoolExecutor] = []
@@ -522,15 +406,6 @@ def test_collects_the_same_where_the_layout_is_not_known(monkeypatch: pytest.Mon
     unknown: Any = collector.collect().values
     assert all(a is b for a, b in zip(known, unknown, strict=True))
     assert known.memory.table.tolist() == unknown.memory.table.tolist()
-
-
-def test_no_gradient_is_kept_alive() -> None:
-    model = model_with([torch.ones(1000), torch.ones(20, 10)[:, ::2]])
-    normalizer = GradientNormalizer(model, Clip(1.0), backend="cpu")
-    normalizer.normalize_()
-    references = [weakref.ref(parameter.grad) for parameter in model.parameters()]
-    model.zero_grad(set_to_none=True)
-    assert [reference() for reference in references] == [None, None]
 
 
 def test_says_nothing_on_the_log_when_nothing_was_compiled(caplog: pytest.LogCaptureFixture) -> None:

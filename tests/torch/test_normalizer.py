@@ -1,4 +1,7 @@
+import copy
 import math
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,11 +17,12 @@ from tamegrad import (
     NonFiniteGradientError,
     Policy,
     Renormalize,
+    Report,
     SettingError,
     TamegradWarning,
     UnmatchedError,
 )
-from tamegrad.torch import GradientNormalizer, normalize_grad_
+from tamegrad.torch import GradientNormalizer, attach, normalize_grad_
 
 
 def two_layers(first: list[float], second: list[float]) -> Any:
@@ -73,6 +77,35 @@ def test_a_report_is_a_snapshot() -> None:
     assert normalizer.report is second
     assert first["a"].norm == 5.0
     assert second["a"].norm == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+def test_a_report_can_be_copied_and_pickled_read_or_not(backend: Any) -> None:
+    normalizer = GradientNormalizer(two_layers([3.0, 4.0], [1.0, 0.0]), Clip(1.0), backend=backend)
+    ways: list[Callable[[Any], Any]] = [
+        copy.copy,
+        copy.deepcopy,
+        lambda report: pickle.loads(pickle.dumps(report)),  # noqa: S301  our own bytes
+    ]
+    for copied in ways:
+        original = normalizer.normalize_()
+        report = copied(original)
+        assert isinstance(report, Report)
+        assert report.rows() == copied(report).rows() == original.rows()
+        assert not hasattr(report, "norm")
+
+
+def test_a_report_is_of_the_loss_scale_of_its_step() -> None:
+    model = two_layers([3.0, 4.0], [1.0, 0.0])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=1)
+    normalizer = attach(model, optimizer, Clip(1.0))
+    scaler.scale(torch.zeros(1))
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 8.0
+    assert normalizer.report is not None
+    assert normalizer.report.norms.tolist() == [1.25, 0.25]
 
 
 def test_a_parameter_without_a_gradient_counts_as_nothing() -> None:

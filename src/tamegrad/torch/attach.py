@@ -154,10 +154,9 @@ class AttachedNormalizer(GradientNormalizer):
         self._unowned = unowned
         return chosen
 
-    def _plan_is_old(self) -> bool:
+    def _keeps_parameters(self) -> bool:
         held = _held_by(self._optimizer)
-        same = len(held) == len(self._held) and all(map(operator.is_, held, self._held))
-        return not same or super()._plan_is_old()
+        return len(held) == len(self._held) and all(map(operator.is_, held, self._held))
 
     def _before_step(
         self, _: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -60,6 +60,11 @@ class Thresholds:
         return cls(torch.tensor(norms, dtype=wide), torch.tensor(values, dtype=wide), torch.tensor(renormalizes))
 
     @cached_property
+    def on_host(self) -> bool:
+        """Whether they are on the CPU."""
+        return self.norms.device.type == "cpu"
+
+    @cached_property
     def arrays(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
         """The three as NumPy's; only where they are on the host."""
         return self.norms.numpy(), self.values.numpy(), self.renormalizes.numpy()
@@ -76,7 +81,7 @@ class Thresholds:
         return Thresholds(self.norms * factor, self.values * factor, self.renormalizes)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Decision:
     """What becomes of every group, as `(G,)` vectors on the device of the table; the first six are a report's.
 

@@ -63,6 +63,11 @@ class Reduction:
             self._device = _device_for(self._group, parameters)
         self.counted: tuple[bool, ...] = (True,) * len(parameters)
 
+    @property
+    def is_local(self) -> bool:
+        """Whether there is no other rank to add up with."""
+        return self._group is None and not self._stages
+
     def agree(self, make: Callable[[], tuple[Plan, Mapping[str, UnmatchedError]]]) -> Plan:
         """Makes the plan of this rank and compares it with those of the others, which takes a few collectives.
 

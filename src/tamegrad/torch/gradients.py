@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tamegrad.errors import SettingError
-from tamegrad.torch.kernels import Gather
-from tamegrad.torch.kernels.memory import DTYPES, Located, Memory, locate
+from tamegrad.torch.kernels.memory import DTYPES, Located, Memory, holds_lazy, is_lazy, locate
 from tamegrad.torch.partial import settled
 from tamegrad.torch.sharding import local_part, mesh_of, with_local_part
 
@@ -51,20 +50,22 @@ class Collector:
         parameters: The parameters in the order of the plan.
         names: Their names, for messages.
         located: Whether to find out where in memory the gradients are, for a backend that works on addresses.
+
+    Attributes:
+        objects: `(P,)`: the `id` of each parameter, for compiled code that walks over them; None where that cannot be
+            done.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], names: Iterable[str], *, located: bool) -> None:
         self._parameters = tuple(parameters)
         self._names = tuple(names)
         self._located = located
-        self._sharded = any(mesh_of(parameter) is not None for parameter in parameters)
-        self._addresses = np.array([id(parameter) for parameter in parameters], dtype=np.int64)
+        self.objects: NDArray[np.int64] | None = None
+        if located and not any(map(_hides_gradient, parameters)):
+            self.objects = np.array([id(parameter) for parameter in parameters], dtype=np.int64)
 
-    def collect(self, gather: Gather | None = None) -> Gradients:
+    def collect(self) -> Gradients:
         """Collects the gradients that the parameters have now.
-
-        Args:
-            gather: What to walk over plain tensors with; by default what walks and does nothing else.
 
         Returns:
             The gradients.
@@ -72,7 +73,7 @@ class Collector:
         Raises:
             SettingError: If a gradient is of a kind that cannot be normalized; nothing was changed.
         """
-        plain = self._collect_plain(gather) if self._located and not self._sharded else None
+        plain = self._collect_plain(self.objects) if self.objects is not None else None
         if plain is not None:
             return Gradients(plain)
         collected = collect(self._parameters, self._names)
@@ -82,29 +83,19 @@ class Collector:
         values.memory = locate(values)
         return Gradients(values, collected.copies)
 
-    def _collect_plain(self, gather: Gather | None) -> Located | None:
+    def _collect_plain(self, parameters: NDArray[np.int64]) -> Located | None:
         """Returns the gradients if all are plain tensors on the CPU that share no memory, which one look can tell."""
         # Numba takes a while to import, and another backend does not need it.
         from tamegrad.torch.kernels import objects  # noqa: PLC0415
 
-        values, table = Located([None] * len(self._parameters)), np.empty((len(self._parameters), 3), dtype=np.int64)
+        values, table = Located([None] * len(parameters)), np.empty((len(parameters), 3), dtype=np.int64)
         if not objects.AVAILABLE:
             return None
-        plain, some_may_be_lazy = (gather or objects.gather)(self._addresses, values, table)
-        if not plain or (some_may_be_lazy and any(_is_lazy(gradient) for gradient in _may_be_lazy(values, table))):
+        plain, some_may_be_lazy = objects.gather(parameters, values, table)
+        if not plain or (some_may_be_lazy and holds_lazy(values, table)):
             return None
         values.memory = Memory(table)
         return values
-
-
-def _may_be_lazy(values: Sequence[Tensor | None], table: NDArray[np.int64]) -> list[Tensor]:
-    """Returns the gradients whose conjugation or negation may be put off.
-
-    Those are complex ones and, since `x.conj().imag` is the only way to a real one and leaves gaps in memory, single
-    values.
-    """
-    candidates = np.flatnonzero((table[:, 1] == 1) | (table[:, 2] >= DTYPES.index(torch.complex64)))
-    return [gradient for gradient in map(values.__getitem__, candidates.tolist()) if gradient is not None]
 
 
 def collect(parameters: Sequence[nn.Parameter], names: Iterable[str]) -> Gradients:
@@ -142,7 +133,7 @@ def collect(parameters: Sequence[nn.Parameter], names: Iterable[str]) -> Gradien
             merged = gradient.coalesce()
             collected.values[position] = merged.values()
             collected.copies[position] = merged, [parameter]
-        elif _is_lazy(gradient) or _overlaps_itself(gradient):
+        elif is_lazy(gradient) or _overlaps_itself(gradient):
             dense = gradient.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
             collected.values[position] = dense
             collected.copies[position] = dense, [parameter]
@@ -172,9 +163,11 @@ def _local_parts(parameters: Sequence[nn.Parameter], names: Sequence[str]) -> tu
     return gradients, set(unlike)
 
 
-def _is_lazy(gradient: Tensor) -> bool:
-    """Says whether memory holds the conjugate or the negative of what the gradient means."""
-    return gradient.is_neg() or gradient.is_conj()
+def _hides_gradient(parameter: nn.Parameter) -> bool:
+    """Says whether what `parameter.grad` gives is not simply what autograd keeps: parts, or what a subclass makes."""
+    kind: Any = type(parameter)
+    own = kind.grad is Tensor.grad and kind.__getattribute__ is object.__getattribute__
+    return not own or mesh_of(parameter) is not None
 
 
 def _overlaps_itself(gradient: Tensor) -> bool:

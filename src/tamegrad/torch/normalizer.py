@@ -1,6 +1,5 @@
 """The four steps for a PyTorch model: measure, reduce, decide, apply."""
 
-import dataclasses
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -15,9 +14,10 @@ from tamegrad.policy import Overrides, as_policy
 from tamegrad.report import Report
 from tamegrad.strategies import GradientNormalization, OnNonfinite, check_on_nonfinite
 from tamegrad.torch.decide import NONFINITE, Decision, Thresholds, norm_of
+from tamegrad.torch.deferred import Deferred
 from tamegrad.torch.distributed import Reduction, check_process_groups
 from tamegrad.torch.gradients import Collector, Gradients
-from tamegrad.torch.kernels import BACKENDS, BackendName, Choice, Gathering, choose
+from tamegrad.torch.kernels import BACKENDS, BackendName, Choice, StepTaker, choose
 from tamegrad.torch.layers import ModelLayers, check_patterns, find_layers
 from tamegrad.torch.pairs import read_pairs
 from tamegrad.torch.unsupported import refuse_unsupported
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 __all__ = ["GradientNormalizer", "Model", "normalize_grad_"]
 
 Model: TypeAlias = nn.Module | Iterable[tuple[str, nn.Parameter]]
+# The gradients of a step, what becomes of them, and the sums over a whole pipeline if there is one.
+_Decided: TypeAlias = tuple[Gradients, Decision, Tensor | None]
 
 
 class GradientNormalizer:
@@ -135,35 +137,60 @@ class GradientNormalizer:
         """
         return dict(self._nonfinite_before + self._nonfinite_since())
 
-    @torch.no_grad()
     def _normalize(self, loss_scale: Tensor | None = None, *, scaler_skips: bool = False) -> Report[Tensor]:
         """The four steps; gradients that are multiplied by a loss scale are treated as if they were not."""
         self._refuse_capture()
-        if self._plan_is_old():
-            self._nonfinite_before += self._nonfinite_since()
-            whole = find_layers(self._model, self._merged) if self._model is not None else self._whole
-            self._make_plan(whole, first=False)
-        thresholds = self._thresholds if loss_scale is None else self._thresholds.times(loss_scale)
-        gather = self._gathering.gather_for(thresholds) if self._gathering is not None else None
-        gradients = self._collector.collect(gather)
-        self._warn_without_gradients(gradients)
-        table, total = self._reduction.reduce(self._kernels.measure(gradients.values, thresholds))
-        self._move_to(table.device)
-        # Decides and counts the steps at once, which on a GPU is one launch.
-        decision = self._kernels.decide(table, thresholds.to(table.device), self._on_nonfinite, self._nonfinite_counts)
-        if total is not None:
-            decision = dataclasses.replace(decision, total_norm=norm_of(total))
+        gradients, decision, total = self._take_step_like_the_last(loss_scale) or self._take_step(loss_scale)
         # Reading the device is what "keep" and "zero" spare.
         stopped = self._on_nonfinite in {"skip", "raise"} and _some_nonfinite(decision, total)
         if stopped and self._on_nonfinite == "raise" and not scaler_skips:
             raise self._nonfinite_error(gradients)
         if stopped:
             self.skipped_steps += 1
-        else:
-            self._kernels.apply_(gradients.values, decision)
-            self._write_back(gradients, decision)
-        self.report = _report(self._group_names, decision, loss_scale, skipped=stopped)
+        elif decision.may_change:
+            self._apply(gradients, decision)
+        self.report = _report(self._group_names, decision, total, loss_scale, skipped=stopped)
         return self.report
+
+    def _take_step_like_the_last(self, loss_scale: Tensor | None) -> _Decided | None:
+        """Measures and decides in one call of a backend that can; None if this is no step like the last."""
+        parameters, modules = self._collector.objects, self._watch.tables
+        if self._step_taker is None or parameters is None or modules is None or not self._keeps_parameters():
+            return None
+        step = self._step_taker.take_step(
+            parameters,
+            modules,
+            self._thresholds_under(loss_scale),
+            self._on_nonfinite,
+            self._nonfinite_counts,
+        )
+        return None if step is None else (Gradients(step[0]), step[1], None)
+
+    @torch.no_grad()
+    def _take_step(self, loss_scale: Tensor | None) -> _Decided:
+        """Measures, reduces and decides."""
+        if self._plan_is_old():
+            self._nonfinite_before += self._nonfinite_since()
+            whole = find_layers(self._model, self._merged) if self._model is not None else self._whole
+            self._make_plan(whole, first=False)
+        thresholds = self._thresholds_under(loss_scale)
+        gradients = self._collector.collect()
+        self._warn_without_gradients(gradients)
+        table, total = self._reduction.reduce(self._kernels.measure(gradients.values, thresholds))
+        self._move_to(table.device)
+        # Decides and counts the steps at once, which on a GPU is one launch.
+        decision = self._kernels.decide(table, thresholds.to(table.device), self._on_nonfinite, self._nonfinite_counts)
+        return gradients, decision, total
+
+    @torch.no_grad()
+    def _apply(self, gradients: Gradients, decision: Decision) -> None:
+        self._kernels.apply_(gradients.values, decision)
+        if gradients.copies:
+            changed = decision.changed.tolist()
+            gradients.write_back([changed[group] for group in self.plan.group_of])
+
+    def _thresholds_under(self, loss_scale: Tensor | None) -> Thresholds:
+        return self._thresholds if loss_scale is None else self._thresholds.times(loss_scale)
 
     def _refuse_capture(self) -> None:
         if self._on_nonfinite not in {"skip", "raise"}:
@@ -196,13 +223,15 @@ class GradientNormalizer:
         self._group_names = tuple(group.name for group in self.plan.groups)
         self.backend: Choice = choose(self._asked_backend, chosen.parameters)
         self._kernels = BACKENDS[self.backend.name](self.plan, self._reduction.counted)
-        self._gathering = self._kernels if isinstance(self._kernels, Gathering) else None
-        compiled = self._gathering is not None
+        step_taker = self._kernels if isinstance(self._kernels, StepTaker) else None
+        compiled = step_taker is not None
         names = (parameter.name for parameter in self.plan.parameters)
         self._collector = Collector(self._parameters, names, located=compiled)
         self._thresholds: Thresholds = Thresholds.of(self.plan)
         self._nonfinite_counts: Tensor = torch.zeros(len(self.plan.groups), dtype=torch.int64)
-        self._watch = ModuleWatch(self._model, compiled=compiled) if self._model is not None else None
+        # Pairs of names and parameters have no modules, and so none that change.
+        self._watch = ModuleWatch(self._model or nn.Module(), compiled=compiled)
+        self._step_taker = step_taker if self._reduction.is_local else None
 
     def _move_to(self, device: torch.device) -> None:
         if device != self._nonfinite_counts.device:
@@ -214,7 +243,11 @@ class GradientNormalizer:
         return whole if self._only is None else whole.restricted_to(self._only)
 
     def _plan_is_old(self) -> bool:
-        return self._watch is not None and self._watch.changed()
+        return not self._keeps_parameters() or (self._watch.changed())
+
+    def _keeps_parameters(self) -> bool:
+        """Says whether the plan is made of what it would be made of now, as far as its modules do not tell."""
+        return True
 
     def _nonfinite_since(self) -> Counter[str]:
         """Returns in how many steps each group was not finite since the plan was made."""
@@ -230,11 +263,6 @@ class GradientNormalizer:
                 TamegradWarning,
                 stacklevel=2,
             )
-
-    def _write_back(self, gradients: Gradients, decision: Decision) -> None:
-        if gradients.copies:
-            changed = decision.changed.tolist()
-            gradients.write_back([changed[group] for group in self.plan.group_of])
 
     def _nonfinite_error(self, gradients: Gradients) -> NonFiniteGradientError:
         found = torch.zeros(len(self.plan.parameters), 3, dtype=torch.int64)
@@ -316,18 +344,29 @@ def _some_nonfinite(decision: Decision, total: Tensor | None) -> bool:
     return decision.may_be_nonfinite and bool(decision.nonfinite.any())
 
 
-def _report(names: tuple[str, ...], decision: Decision, loss_scale: Tensor | None, *, skipped: bool) -> Report[Tensor]:
-    norms, norms_after, total_norm = decision.norms, decision.norms_after, decision.total_norm
-    if loss_scale is not None:
-        factor = loss_scale.to(norms)
-        norms, norms_after, total_norm = norms / factor, norms_after / factor, total_norm / factor
-    return Report(
-        groups=names,
-        norms=norms,
-        scales=torch.ones_like(decision.scales) if skipped else decision.scales,
-        norms_after=norms if skipped else norms_after,
-        clipped=torch.zeros_like(decision.clipped) if skipped else decision.clipped,
-        nonfinite=decision.nonfinite,
-        total_norm=total_norm,
-        skipped=skipped,
-    )
+class _StepReport(Deferred, Report[Tensor]):
+    """A report that is made when it is first looked at."""
+
+
+def _report(
+    names: tuple[str, ...], decision: Decision, total: Tensor | None, loss_scale: Tensor | None, *, skipped: bool
+) -> Report[Tensor]:
+    # By the time that the report is looked at, a scaler may have changed its scale.
+    factor = None if loss_scale is None else loss_scale.clone()
+
+    def make() -> dict[str, Tensor]:
+        norms, norms_after = decision.norms, decision.norms_after
+        total_norm = decision.total_norm if total is None else norm_of(total)
+        if factor is not None:
+            divisor = factor.to(norms)
+            norms, norms_after, total_norm = norms / divisor, norms_after / divisor, total_norm / divisor
+        return {
+            "norms": norms,
+            "scales": torch.ones_like(decision.scales) if skipped else decision.scales,
+            "norms_after": norms if skipped else norms_after,
+            "clipped": torch.zeros_like(decision.clipped) if skipped else decision.clipped,
+            "nonfinite": decision.nonfinite,
+            "total_norm": total_norm,
+        }
+
+    return _StepReport(make, groups=names, skipped=skipped)

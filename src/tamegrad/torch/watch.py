@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from tamegrad.torch.kernels.memory import ModuleTables
+
 __all__ = ["ModuleWatch"]
 
 
@@ -17,6 +19,9 @@ class ModuleWatch:
     Args:
         model: The model.
         compiled: Whether compiled code may do it, which takes Numba.
+
+    Attributes:
+        tables: What compiled code looks at; None where it cannot.
 
     Example:
         >>> from torch import nn
@@ -35,19 +40,23 @@ class ModuleWatch:
                 self._tables.append((table, len(table)))
                 self._entries += [(table, name, entry) for name, entry in table.items()]
 
-        self._compiled = compiled and all(isinstance(table, dict) for table, _ in self._tables)
-        self._table_ids = np.array([id(table) for table, _ in self._tables], dtype=np.int64)
-        self._sizes = np.array([size for _, size in self._tables], dtype=np.int64)
-        self._entry_ids = np.array([(id(name), id(entry)) for _, name, entry in self._entries], dtype=np.int64)
+        self.tables: ModuleTables | None = None
+        if compiled and all(isinstance(table, dict) for table, _ in self._tables):
+            entries = [(id(name), id(entry)) for _, name, entry in self._entries]
+            self.tables = ModuleTables(
+                np.array([id(table) for table, _ in self._tables], dtype=np.int64),
+                np.array([size for _, size in self._tables], dtype=np.int64),
+                np.array(entries, dtype=np.int64).reshape(-1, 2),
+            )
 
     def changed(self) -> bool:
         """Says whether a module or a parameter was added, replaced or taken away."""
-        if self._compiled:
+        if self.tables is not None:
             # Numba takes a while to import, and another backend does not need it.
             from tamegrad.torch.kernels import objects  # noqa: PLC0415
 
             # Another string of the same letters, or another order, is looked at again.
-            if objects.unchanged(self._table_ids, self._sizes, self._entry_ids.reshape(-1, 2)):
+            if objects.unchanged(self.tables):
                 return False
         return any(len(table) != size for table, size in self._tables) or any(
             table.get(name) is not entry for table, name, entry in self._entries

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +14,9 @@ from tamegrad.groups import Plan
 from tamegrad.strategies import OnNonfinite
 from tamegrad.torch.decide import Decision, Thresholds
 from tamegrad.torch.kernels import eager
+from tamegrad.torch.kernels.memory import Located, ModuleTables
 
-__all__ = ["BACKENDS", "Backend", "BackendName", "Choice", "Gather", "Gathering", "choose"]
+__all__ = ["BACKENDS", "Backend", "BackendName", "Choice", "StepTaker", "choose"]
 
 BackendName: TypeAlias = Literal["auto", "cpu", "gpu", "eager"]
 
@@ -42,16 +43,31 @@ class Backend(Protocol):
         """Changes the gradients that were measured, in place, as was decided."""
 
 
-# Does what `tamegrad.torch.kernels.objects.gather` does.
-Gather: TypeAlias = Callable[[NDArray[np.int64], list[Any], NDArray[np.int64]], tuple[bool, bool]]
-
-
 @runtime_checkable
-class Gathering(Backend, Protocol):
-    """A backend that works on addresses, and can begin while they are being collected."""
+class StepTaker(Backend, Protocol):
+    """A backend that works on addresses, and takes a step like the last one at once, up to where gradients change."""
 
-    def gather_for(self, thresholds: Thresholds) -> Gather | None:
-        """Returns what to walk over the gradients with that are measured next, or None if it would gain nothing."""
+    def take_step(
+        self,
+        parameters: NDArray[np.int64],
+        modules: ModuleTables,
+        thresholds: Thresholds,
+        on_nonfinite: OnNonfinite,
+        steps: Tensor,
+    ) -> tuple[Located, Decision] | None:
+        """Collects gradients, measures and decides.
+
+        Args:
+            parameters: `(P,)`: the `id` of each parameter, in the order of the plan.
+            modules: The modules of the model as they were when the plan was made.
+            thresholds: Of the step.
+            on_nonfinite: As in `decide`.
+            steps: As in `decide`.
+
+        Returns:
+            The gradients, and what becomes of them. None if the step is unlike the last one, the modules included;
+            then nothing was done.
+        """
 
 
 def _from_file(name: str) -> Callable[[Plan, Sequence[bool]], Backend]:

@@ -7,7 +7,6 @@ the same gradients give the same bits on any number of threads.
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -18,13 +17,12 @@ from torch import Tensor
 from tamegrad.groups import Plan
 from tamegrad.strategies import OnNonfinite
 from tamegrad.torch.decide import COLUMNS, Decision, Thresholds, decide
-from tamegrad.torch.kernels import Gather, eager, objects, threads
-from tamegrad.torch.kernels.cpu_decide import decide_compiled, factors_of
+from tamegrad.torch.kernels import eager, objects, threads
+from tamegrad.torch.kernels.cpu_decide import HostDecision, changes_of, decide_compiled, empty_rows
 from tamegrad.torch.kernels.cpu_loops import add_up, change_chunks, has_sizes, measure_chunks
-from tamegrad.torch.kernels.cpu_overlap import gather_and_measure
+from tamegrad.torch.kernels.cpu_step import take_step
 from tamegrad.torch.kernels.jit import CONVERTS_FLOAT16
-from tamegrad.torch.kernels.memory import DTYPES, Located, Memory, locate
-from tamegrad.torch.kernels.threads import Team
+from tamegrad.torch.kernels.memory import DTYPES, Located, Memory, ModuleTables, holds_lazy, locate
 
 __all__ = ["Kernels"]
 
@@ -70,7 +68,7 @@ class _Work:
         measuring: They, shared out.
         sums: `(M,)`, for the sum of squares of each; -1 where there is more to say.
         rows: `(M, COLUMNS)`, for all that is to be said there.
-        can_overlap: Whether measuring can begin while gradients are collected: there are several tasks, of one dtype.
+        table: `(P, 3)`, for the `Memory` of a step with gradients of these sizes.
     """
 
     sizes: NDArray[np.int64]
@@ -81,7 +79,7 @@ class _Work:
     measuring: list[_Tasks]
     sums: NDArray[np.float64]
     rows: NDArray[np.float64]
-    can_overlap: bool
+    table: NDArray[np.int64]
 
 
 class Kernels:
@@ -100,42 +98,54 @@ class Kernels:
         self._counted = np.array(counted, dtype=np.bool_)
         self._group_of = np.array(plan.group_of, dtype=np.int64)
         self._groups = len(plan.groups)
+        self._sums = np.empty((self._groups, COLUMNS))
         self._work = _plan_work(np.zeros((0, 2), dtype=np.int64), self._counted)
         self._thresholds: Thresholds | None = None
-        # The table of the gradients that were measured while they were collected, until that is used.
-        self._measured: NDArray[np.int64] | None = None
 
-    def gather_for(self, thresholds: Thresholds) -> Gather | None:
-        """Returns what to walk over the gradients with that are measured next, or None if it would gain nothing.
-
-        Args:
-            thresholds: Of the step.
-
-        Returns:
-            What does what `objects.gather` does, and measures meanwhile.
-        """
-        work, team = self._work, threads.team()
-        if team is None or not work.can_overlap:
-            return None
-        return partial(self._gather, work=work, limits=self._limits_of(thresholds), team=team)
-
-    def _gather(
+    def take_step(
         self,
         parameters: NDArray[np.int64],
-        values: list[Any],
-        table: NDArray[np.int64],
-        *,
-        work: _Work,
-        limits: NDArray[np.float64],
-        team: Team,
-    ) -> tuple[bool, bool]:
+        modules: ModuleTables,
+        thresholds: Thresholds,
+        on_nonfinite: OnNonfinite,
+        steps: Tensor,
+    ) -> tuple[Located, Decision] | None:
+        """Takes a step like the last one at once, up to where gradients change.
+
+        Args:
+            parameters: `(P,)`: the `id` of each parameter, in the order of the plan.
+            modules: The modules of the model as they were when the plan was made.
+            thresholds: Of the step.
+            on_nonfinite: What happens to a group with NaN or infinity.
+            steps: As in `decide`.
+
+        Returns:
+            The gradients, and what becomes of them. None if nothing was done: the modules or the sizes of the gradients
+            are not what they were, the gradients are of several dtypes, or this PyTorch does not let itself be walked
+            over.
+        """
+        work = self._work
+        if not objects.AVAILABLE or len(work.measuring) != 1 or not thresholds.on_host:
+            return None
         [(kind, bounds)] = work.measuring
-        measuring = bounds, work.measured, limits, kind.pairs, kind.like, work.sums, work.rows
-        plain, may_be_lazy, measured = gather_and_measure(
-            parameters, values, table, sizes=work.sizes, measuring=measuring, variant=kind.like.dtype, team=team
+        # A task fewer than bounds.
+        team = threads.team(len(bounds) - 1)
+        if team is None:
+            return None
+        values, decided = Located([None] * len(parameters)), empty_rows(self._groups)
+        is_like_last, may_be_lazy, may_change, may_be_nonfinite = take_step(
+            team,
+            tuple(modules),
+            (parameters, id(values), objects.CONSTANTS, work.table, work.sizes),
+            (bounds, work.measured, self._limits_of(thresholds), kind.pairs, kind.like, work.sums, work.rows),
+            self._group_of,
+            (self._sums, *thresholds.arrays, on_nonfinite == "zero", decided),
+            variant=kind.like.dtype,
         )
-        self._measured = table if measured else None
-        return plain, may_be_lazy
+        if not is_like_last or (may_be_lazy and holds_lazy(values, work.table)):
+            return None
+        values.memory = Memory(work.table)
+        return values, HostDecision(decided, may_change=may_change, may_be_nonfinite=may_be_nonfinite, steps=steps)
 
     def measure(self, gradients: Sequence[Tensor | None], thresholds: Thresholds) -> Tensor:
         """Measures all groups.
@@ -150,20 +160,14 @@ class Kernels:
         memory = _located(gradients)
         if memory is None:
             return self._eager.measure(gradients, thresholds)
-        if memory.table is self._measured:
-            work, self._measured = self._work, None
-        else:
-            work = self._work_for(memory)
-            self._measure(work, memory, self._limits_of(thresholds))
-        table = np.zeros((self._groups, COLUMNS))
-        add_up(work.measured, work.sums, work.rows, self._group_of, table)
-        return torch.from_numpy(table)
-
-    def _measure(self, work: _Work, memory: Memory, limits: NDArray[np.float64]) -> None:
+        work, limits = self._work_for(memory), self._limits_of(thresholds)
         addresses = memory.table[:, 0].copy()
         for kind, bounds in work.measuring:
             args = work.measured, addresses, limits, kind.pairs, kind.like, work.sums, work.rows
             threads.run(measure_chunks, kind.like.dtype, bounds, *args)
+        table = np.zeros((self._groups, COLUMNS))
+        add_up(work.measured, work.sums, work.rows, self._group_of, table)
+        return torch.from_numpy(table)
 
     def decide(self, table: Tensor, thresholds: Thresholds, on_nonfinite: OnNonfinite, steps: Tensor) -> Decision:
         """Decides on every group, as `Backend` says."""
@@ -177,13 +181,13 @@ class Kernels:
             gradients: As they were measured.
             decision: What to do with each group.
         """
-        if not decision.may_change:
-            return
         memory = _located(gradients)
         if memory is None:
             self._eager.apply_(gradients, decision)
             return
-        factors, changes, all_change = factors_of(decision, self._group_of)
+        # Whatever was measured on the CPU was decided there.
+        assert isinstance(decision, HostDecision)
+        changes, all_change = changes_of(decision.decided, self._group_of)
         work, addresses = self._work_for(memory), memory.table[:, 0].copy()
         chunks, tasks = work.chunks, work.tasks
         if not all_change:
@@ -191,7 +195,7 @@ class Kernels:
             chunks = chunks[chosen]
             tasks = _share_out(chunks, work.kinds[chosen])
         for kind, bounds in tasks:
-            args = chunks, addresses, self._group_of, factors, kind.pairs, kind.like
+            args = chunks, addresses, self._group_of, decision.decided, kind.pairs, kind.like
             threads.run(change_chunks, kind.like.dtype, bounds, *args)
         for position, values in memory.stand_ins.items():
             gradient = gradients[position]
@@ -226,9 +230,7 @@ def _plan_work(sizes: NDArray[np.int64], counted: NDArray[np.bool_]) -> _Work:
     measured = chunks[chosen]
     sums, rows = np.empty(len(measured)), np.empty((len(measured), COLUMNS))
     tasks, measuring = _share_out(chunks, kinds), _share_out(measured, kinds[chosen])
-    # A task fewer than bounds.
-    can_overlap = objects.AVAILABLE and len(measuring) == 1 and len(measuring[0][1]) - 1 > 1
-    return _Work(sizes, chunks, kinds, tasks, measured, measuring, sums, rows, can_overlap)
+    return _Work(sizes, chunks, kinds, tasks, measured, measuring, sums, rows, np.empty((len(sizes), 3), np.int64))
 
 
 def cut_into_chunks(sizes: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

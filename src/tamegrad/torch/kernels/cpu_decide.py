@@ -1,6 +1,10 @@
-"""What `tamegrad.torch.decide.decide` says, compiled: one walk over the groups instead of thirty calls of NumPy."""
+"""What `tamegrad.torch.decide.decide` says, compiled: one walk over the groups instead of thirty calls of NumPy.
+
+What is decided is one array, a row a group: several arrays take several times as long to make, and so do tensors.
+"""
 
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,10 +14,15 @@ from torch import Tensor
 
 from tamegrad.strategies import OnNonfinite
 from tamegrad.torch.decide import AFTER, BIG_FACTOR, CUT, NONFINITE, SMALL_FACTOR, SMALLEST_NORMAL, Decision, Thresholds
+from tamegrad.torch.deferred import Deferred
 from tamegrad.torch.kernels.jit import Entry, inlined
 
-__all__ = ["decide_compiled", "factors_of"]
+__all__ = ["HostDecision", "changes_of", "decide_compiled", "decide_rows", "empty_rows"]
 
+# The columns of what is decided, as `Decision` names them: first what the loops that apply it read. One more row begins
+# with the total norm.
+_COLUMNS = ("first", "second", "limits", "zeroed", "norms", "scales", "norms_after", "clipped", "nonfinite")
+_DTYPES = {"zeroed": torch.bool, "clipped": torch.bool, "nonfinite": torch.int64}
 # Where in a row of the table the counts and the sums after begin.
 _NONFINITE, _AFTER = NONFINITE.start, AFTER.start
 
@@ -30,12 +39,18 @@ def _norm(small: Any, middle: Any, big: Any) -> Any:
     return math.hypot(math.sqrt(middle), math.sqrt(small) / SMALL_FACTOR), 1.0
 
 
-def _decide_rows(
-    table: Any, largest: Any, limits: Any, renormalizes: Any, zero: Any, reals: Any, counts: Any, flags: Any, total: Any
-) -> Any:
-    """Writes the fields of a `Decision`; returns whether any group changes, and whether any is not finite."""
-    norms, scales, norms_after, firsts, seconds, cuts = reals
-    clipped, zeroed = flags
+@inlined
+def decide_rows(table: Any, largest: Any, limits: Any, renormalizes: Any, zero: Any, decided: Any) -> Any:
+    """Decides on every group; returns whether any changes, and whether any is not finite. Only for compiled code.
+
+    Args:
+        table: As in `decide_compiled`.
+        largest: `Thresholds.norms`.
+        limits: `Thresholds.values`.
+        renormalizes: `Thresholds.renormalizes`.
+        zero: Whether groups that are not finite become 0.
+        decided: Made by `empty_rows`; written.
+    """
     any_changes, any_nonfinite = False, False
     sums = np.zeros(3)
     for group in range(table.shape[0]):
@@ -46,7 +61,7 @@ def _decide_rows(
         nonfinite = row[_NONFINITE] + row[_NONFINITE + 1] + row[_NONFINITE + 2]
         norm, finite = root * unit, nonfinite == 0.0
         over = finite and norm > largest[group]
-        cut = finite and row[CUT] > 0.0
+        cut, zeroed = finite and row[CUT] > 0.0, zero and not finite
 
         norm_after, scale, first, second = norm, 1.0, 1.0, 1.0
         if over or (finite and renormalizes[group] and root > 0.0 and norm < largest[group]):
@@ -57,37 +72,74 @@ def _decide_rows(
         if cut:
             root_after, unit_after = _norm(row[_AFTER], row[_AFTER + 1], row[_AFTER + 2])
             norm_after, scale = root_after * unit_after, root_after / root * (unit_after / unit)
-        if zero and not finite:
+        if zeroed:
             norm_after, scale = 0.0, 0.0
 
-        norms[group], scales[group], norms_after[group] = norm, scale, norm_after
-        firsts[group], seconds[group], cuts[group] = first, second, limits[group] if cut else math.inf
-        clipped[group], zeroed[group], counts[group] = over or cut, zero and not finite, np.int64(nonfinite)
-        any_changes |= first != 1.0 or second != 1.0 or cuts[group] < math.inf or zeroed[group]
+        out = decided[group]
+        out[0], out[1], out[2], out[3] = first, second, limits[group] if cut else math.inf, zeroed
+        out[4], out[5], out[6], out[7], out[8] = norm, scale, norm_after, over or cut, nonfinite
+        any_changes |= _changes(out)
         any_nonfinite |= not finite
     root, unit = _norm(sums[0], sums[1], sums[2])
-    total[()] = root * unit
+    decided[-1, 0] = root * unit
     return any_changes, any_nonfinite
 
 
-def _factors_of(columns: Any, group_of: Any, factors: Any, changes: Any) -> Any:
-    first, second, limits, zeroed = columns
-    for group in range(factors.shape[0]):
-        row = factors[group]
-        row[0], row[1], row[2], row[3] = first[group], second[group], limits[group], zeroed[group]
+@inlined
+def _changes(row: Any) -> Any:
+    return row[0] != 1.0 or row[1] != 1.0 or row[2] != math.inf or row[3] != 0.0
+
+
+def _decide(table: Any, largest: Any, limits: Any, renormalizes: Any, zero: Any, decided: Any) -> Any:
+    return decide_rows(table, largest, limits, renormalizes, zero, decided)
+
+
+def _changes_of(decided: Any, group_of: Any, changes: Any) -> Any:
     all_change = True
     for position in range(group_of.size):
-        row = factors[group_of[position]]
-        changes[position] = row[0] != 1.0 or row[1] != 1.0 or row[2] != math.inf or row[3] != 0.0
+        changes[position] = _changes(decided[group_of[position]])
         all_change &= changes[position]
     return all_change
 
 
-_decide_rows_compiled = Entry(_decide_rows, nogil=True)
-_factors_of_compiled = Entry(_factors_of, nogil=True)
+_decide_compiled = Entry(_decide, nogil=True)
+_changes_of_compiled = Entry(_changes_of, nogil=True)
 
 
-def decide_compiled(table: Tensor, thresholds: Thresholds, on_nonfinite: OnNonfinite, steps: Tensor) -> Decision:
+class HostDecision(Deferred, Decision):
+    """A decision that compiled code made and reads; its tensors are made when one is first read.
+
+    Args:
+        decided: Written by `decide_rows`.
+        may_change: The first that it returned.
+        may_be_nonfinite: The second.
+        steps: As in `decide`.
+    """
+
+    decided: NDArray[np.float64]
+
+    def __init__(
+        self, decided: NDArray[np.float64], *, may_change: bool, may_be_nonfinite: bool, steps: Tensor
+    ) -> None:
+        known = {"may_change": may_change, "may_be_nonfinite": may_be_nonfinite}
+        super().__init__(partial(_tensors, decided), decided=decided, **known)
+        if may_be_nonfinite:
+            steps += self.nonfinite > 0
+
+
+def _tensors(decided: NDArray[np.float64]) -> dict[str, Tensor]:
+    """Returns the tensors of a `Decision` by name."""
+    columns = zip(_COLUMNS, decided[:-1].T, strict=True)
+    named = {name: torch.from_numpy(column.copy()).to(_DTYPES.get(name)) for name, column in columns}
+    return {**named, "total_norm": torch.tensor(decided[-1, 0])}
+
+
+def empty_rows(groups: int) -> NDArray[np.float64]:
+    """Returns memory for what is decided about some groups."""
+    return np.empty((groups + 1, len(_COLUMNS)))
+
+
+def decide_compiled(table: Tensor, thresholds: Thresholds, on_nonfinite: OnNonfinite, steps: Tensor) -> HostDecision:
     """Decides on every group from what was measured.
 
     Args:
@@ -99,52 +151,20 @@ def decide_compiled(table: Tensor, thresholds: Thresholds, on_nonfinite: OnNonfi
     Returns:
         What `decide` returns, and whether there is anything to do.
     """
-    groups = table.shape[0]
-    reals, counts, flags = np.empty((6, groups)), np.empty(groups, np.int64), np.empty((2, groups), np.bool_)
-    total = np.empty(())
-    may_change, may_be_nonfinite = _decide_rows_compiled(
-        table.numpy(),
-        *thresholds.arrays,
-        on_nonfinite == "zero",
-        reals,
-        counts,
-        flags,
-        total,
-    )
-    nonfinite = torch.from_numpy(counts)
-    if may_be_nonfinite:
-        steps += nonfinite > 0
-    # Not unbind: with caches cold every other function of PyTorch takes tens of microseconds.
-    norms, scales, norms_after, first, second, limits = map(torch.from_numpy, reals)
-    clipped, zeroed = map(torch.from_numpy, flags)
-    return Decision(
-        norms=norms,
-        scales=scales,
-        norms_after=norms_after,
-        clipped=clipped,
-        nonfinite=nonfinite,
-        total_norm=torch.from_numpy(total),
-        first=first,
-        second=second,
-        limits=limits,
-        zeroed=zeroed,
-        may_change=may_change,
-        may_be_nonfinite=may_be_nonfinite,
-    )
+    decided = empty_rows(len(table))
+    may_change, may_be_nonfinite = _decide_compiled(table.numpy(), *thresholds.arrays, on_nonfinite == "zero", decided)
+    return HostDecision(decided, may_change=may_change, may_be_nonfinite=may_be_nonfinite, steps=steps)
 
 
-def factors_of(decision: Decision, group_of: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.bool_], bool]:
-    """Lays a decision out for the loops that apply it.
+def changes_of(decided: NDArray[np.float64], group_of: NDArray[np.int64]) -> tuple[NDArray[np.bool_], bool]:
+    """Returns which gradients change.
 
     Args:
-        decision: The decision, on the CPU.
+        decided: Written by `decide_rows`.
         group_of: `(P,)`: the group of each parameter.
 
     Returns:
-        `(G, 4)`: the factors, the limit, and whether to zero it of each group; `(P,)`: whether each parameter's
-        gradient changes; and whether all do.
+        `(P,)`: whether each parameter's gradient changes; and whether all do.
     """
-    columns = decision.first, decision.second, decision.limits, decision.zeroed
-    factors, changes = np.empty((len(decision.first), 4)), np.empty(group_of.shape, np.bool_)
-    all_change = _factors_of_compiled(tuple(column.numpy() for column in columns), group_of, factors, changes)
-    return factors, changes, bool(all_change)
+    changes = np.empty(group_of.shape, np.bool_)
+    return changes, bool(_changes_of_compiled(decided, group_of, changes))

@@ -32,7 +32,7 @@ from tamegrad.torch.kernels.jit import (
     take_one,
 )
 
-__all__ = ["add_up", "change_chunks", "has_sizes", "measure_between", "measure_chunks"]
+__all__ = ["add_up", "add_up_rows", "change_chunks", "has_sizes", "measure_between", "measure_chunks"]
 
 # Sums are taken in blocks, so that the rounding errors of a long sum stay small.
 BLOCK = 4096
@@ -267,7 +267,9 @@ def _measure_chunks(openmp: Any, threads: Any, arguments: Any) -> None:
         _measure_tasks(*arguments)
 
 
-def _add_up(chunks: Any, sums: Any, rows: Any, group_of: Any, table: Any) -> None:
+@inlined
+def add_up_rows(chunks: Any, sums: Any, rows: Any, group_of: Any, table: Any) -> None:
+    """Adds what was measured of chunks to the table of their groups. Only for compiled code."""
     for index in range(chunks.shape[0]):
         group = group_of[chunks[index, 0]]
         if sums[index] >= 0.0:
@@ -275,6 +277,10 @@ def _add_up(chunks: Any, sums: Any, rows: Any, group_of: Any, table: Any) -> Non
             continue
         for column in range(rows.shape[1]):
             table[group, column] += rows[index, column]
+
+
+def _add_up(chunks: Any, sums: Any, rows: Any, group_of: Any, table: Any) -> None:
+    add_up_rows(chunks, sums, rows, group_of, table)
 
 
 def _has_sizes(table: Any, sizes: Any) -> Any:
@@ -351,14 +357,14 @@ def _change(values: Any, first: Any, second: Any, limit: Any, zeroed: Any, pairs
 
 @inlined
 def _change_tasks(
-    taken: Any, bounds: Any, chunks: Any, addresses: Any, group_of: Any, factors: Any, pairs: Any, like: Any
+    taken: Any, bounds: Any, chunks: Any, addresses: Any, group_of: Any, decided: Any, pairs: Any, like: Any
 ) -> None:
     # From the last to the first: what was measured last is still in the cache.
     task = bounds.size - 2 - take_one(taken)
     while task >= 0:
         for index in range(bounds[task], bounds[task + 1]):
             values = _values_of(chunks[index], addresses, like)
-            first, second, limit, zeroed = factors[group_of[chunks[index, 0]]]
+            first, second, limit, zeroed = decided[group_of[chunks[index, 0]], :4]
             _change(values, first, second, limit, zeroed, pairs)
         task = bounds.size - 2 - take_one(taken)
 

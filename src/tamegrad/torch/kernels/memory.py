@@ -2,15 +2,30 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["DTYPES", "Located", "Memory", "is_dense", "locate"]
+__all__ = ["DTYPES", "Located", "Memory", "ModuleTables", "holds_lazy", "is_dense", "is_lazy", "locate"]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
+
+
+class ModuleTables(NamedTuple):
+    """The dictionaries of modules, in which they have their parameters and each other; all objects must be alive.
+
+    Args:
+        tables: `(T,)`: the `id` of each dictionary.
+        sizes: `(T,)`: how many entries it has.
+        entries: `(N, 2)`: the `id`s of all their keys and values.
+    """
+
+    tables: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    entries: NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,3 +81,27 @@ def is_dense(gradient: Tensor) -> bool:
             return False
         reached *= size
     return True
+
+
+def is_lazy(gradient: Tensor) -> bool:
+    """Says whether memory holds the conjugate or the negative of what a gradient means."""
+    return gradient.is_neg() or gradient.is_conj()
+
+
+def holds_lazy(gradients: Sequence[Tensor | None], table: NDArray[np.int64]) -> bool:
+    """Says whether a gradient is lazy, of plain ones that fill memory of their own.
+
+    Only those are asked that can be: complex ones and, since `x.conj().imag` is the only way to a real one and leaves
+    gaps in memory, single values.
+
+    Args:
+        gradients: The gradients.
+        table: Where they are, as in `Memory`.
+
+    Returns:
+        Whether one is.
+    """
+    candidates = np.flatnonzero((table[:, 1] == 1) | (table[:, 2] >= DTYPES.index(torch.complex64)))
+    return any(
+        gradient is not None and is_lazy(gradient) for gradient in map(gradients.__getitem__, candidates.tolist())
+    )

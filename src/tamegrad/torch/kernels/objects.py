@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from tamegrad.torch.kernels.jit import Entry, call, inlined, load, prefetch, publish
 from tamegrad.torch.kernels.layout import find_layout
-from tamegrad.torch.kernels.memory import DTYPES
+from tamegrad.torch.kernels.memory import DTYPES, ModuleTables
 
-__all__ = ["AVAILABLE", "CONSTANTS", "gather", "unchanged", "walk"]
+__all__ = ["AVAILABLE", "CONSTANTS", "gather", "is_unchanged", "unchanged", "walk"]
 
 # Where `DLPackExchangeAPI` has the function that describes a tensor, and the version that says so.
 _DESCRIBE, _VERSION = 40, 1
@@ -27,12 +27,14 @@ _TYPE = 8
 _ENTRIES = 32
 # How many objects ahead a walk has each step to what it reads fetched.
 _AHEAD, _TABLES_AHEAD = 3, 8
-_NAMES = ("PyObject_GetAttr", "PyList_SetItem", "PyErr_Clear", "PyDict_Size", "PyDict_Next")
+_NAMES = ("PyList_SetItem", "PyErr_Clear", "PyDict_Size", "PyDict_Next")
+# What the stable ABI calls the function of a descriptor that returns an attribute of an object.
+_DESCRIPTOR_GET = 54
 
 
 def _describe_address() -> int:
     """Returns the address of PyTorch's `dltensor_from_py_object_no_sync`, or 0 where there is none."""
-    capsule = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    capsule: object = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
     if capsule is None or object.__basicsize__ != 2 * _TYPE or sys.maxsize < 2**32:
         return 0
     pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
@@ -42,13 +44,21 @@ def _describe_address() -> int:
     return ctypes.c_int64.from_address(interface + _DESCRIBE).value if version == _VERSION else 0
 
 
+def _getter_address() -> int:
+    """Returns the address of what calls PyTorch's own `grad`: looking the attribute up takes as long as that does."""
+    slot_of = ctypes.pythonapi.PyType_GetSlot
+    slot_of.restype, slot_of.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_int)
+    address: int = slot_of(type(_GRAD), _DESCRIPTOR_GET)
+    return address
+
+
 def _address(name: str) -> int:
     return ctypes.cast(getattr(ctypes.pythonapi, name), ctypes.c_void_p).value or 0
 
 
-_FUNCTIONS = np.array([_describe_address(), *map(_address, _NAMES)], dtype=np.int64)
-_NAME = sys.intern("grad")
-_OBJECTS = np.array([id(None), id(torch.Tensor), id(_NAME)], dtype=np.int64)
+_GRAD: Any = torch.Tensor.grad
+_FUNCTIONS = np.array([_describe_address(), _getter_address(), *map(_address, _NAMES)], dtype=np.int64)
+_OBJECTS = np.array([id(None), id(torch.Tensor), id(_GRAD)], dtype=np.int64)
 AVAILABLE = bool(_FUNCTIONS[0])
 
 # What DLPack calls the CPU, and its codes and bits of the dtypes, in the order of `DTYPES`.
@@ -121,14 +131,14 @@ def walk(parameters: Any, values: Any, constants: Any, table: Any, sizes: Any, k
         What `gather` returns, and whether all was as expected.
     """
     functions, objects, codes, layout = constants
-    describe, get_attribute, set_item, clear_error = functions[:4]
-    none, tensor_type, name = objects
+    describe, get, set_item, clear_error = functions[:4]
+    none, tensor_type, descriptor = objects
     described = np.empty(6, np.int64)
     plain, may_be_lazy, expected = True, False, sizes.shape[0] == parameters.size
     for index in range(parameters.size):
         if layout[0] != 0:
             _look_ahead(parameters, index, layout)
-        gradient = call(get_attribute, (parameters[index], name))
+        gradient = call(get, (descriptor, parameters[index], 0))
         if gradient == 0:
             call(clear_error, ())
             return False, False, False
@@ -188,7 +198,9 @@ def _kind(word: Any, codes: Any) -> Any:
     return -1
 
 
-def _unchanged(tables: Any, sizes: Any, entries: Any, functions: Any) -> Any:
+@inlined
+def is_unchanged(tables: Any, sizes: Any, entries: Any, functions: Any) -> Any:
+    """Says what `unchanged` does. Only for compiled code; `functions` are the first of `CONSTANTS`."""
     dict_size, dict_next = functions[4:6]
     # What PyDict_Next needs and gives: a place, a key, a value.
     state = np.zeros(3, np.int64)
@@ -209,6 +221,10 @@ def _unchanged(tables: Any, sizes: Any, entries: Any, functions: Any) -> Any:
     return True
 
 
+def _unchanged(tables: Any, sizes: Any, entries: Any, functions: Any) -> Any:
+    return is_unchanged(tables, sizes, entries, functions)
+
+
 _gather_compiled = Entry(_gather, nogil=False)
 _unchanged_compiled = Entry(_unchanged, nogil=False)
 
@@ -217,7 +233,7 @@ def gather(parameters: NDArray[np.int64], values: list[Any], table: NDArray[np.i
     """Puts the gradients of parameters into a list, and where they are in memory into a table.
 
     Args:
-        parameters: The `id` of each parameter, a tensor; they must be alive.
+        parameters: The `id` of each parameter, a tensor whose `grad` is PyTorch's own; they must be alive.
         values: A list of as many entries, which are replaced.
         table: `(P, 3)`, written: of each gradient the address, how many values, and the position of its dtype in
             `DTYPES`; -1 where there is none.
@@ -231,15 +247,13 @@ def gather(parameters: NDArray[np.int64], values: list[Any], table: NDArray[np.i
     return plain, may_be_lazy
 
 
-def unchanged(tables: NDArray[np.int64], sizes: NDArray[np.int64], entries: NDArray[np.int64]) -> bool:
-    """Says whether dictionaries hold the same keys and values as before, in the same order.
+def unchanged(modules: ModuleTables) -> bool:
+    """Says whether modules hold the same objects under the same keys as before, in the same order.
 
     Args:
-        tables: The `id` of each dictionary; they must be alive.
-        sizes: How many entries each had.
-        entries: `(N, 2)`: the `id` of each key and value, which must be alive, too.
+        modules: Their dictionaries as they were.
 
     Returns:
         Whether all are the same objects.
     """
-    return bool(_unchanged_compiled(tables, sizes, entries, _FUNCTIONS))
+    return bool(_unchanged_compiled(*modules, _FUNCTIONS))

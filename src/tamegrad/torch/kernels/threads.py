@@ -44,10 +44,12 @@ def run(entry: Entry, variant: object, bounds: NDArray[np.int64], *args: object)
         _run_on_pool(lambda: entry(*everything), min(threads, tasks))
 
 
-def team() -> Team | None:
-    """Returns PyTorch's own threads, or None if it has none to lend or would use one alone."""
-    threads = torch.get_num_threads()
-    return (_openmp[0], _number_of_thread, threads) if _openmp[0] and threads > 1 else None
+def team(tasks: int) -> Team | None:
+    """Returns PyTorch's own threads for some tasks: zeros if one is enough, None if it has none to lend."""
+    threads = torch.get_num_threads() if tasks > 1 else 1
+    if threads == 1:
+        return 0, 0, 1
+    return (_openmp[0], _number_of_thread, threads) if _openmp[0] else None
 
 
 def _run_on_pool(work: Callable[[], object], threads: int) -> None:
