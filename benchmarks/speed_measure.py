@@ -1,4 +1,4 @@
-"""Times tools in interleaved rounds: A B C, A B C, and so on, so that what disturbs one disturbs all."""
+"""Times tools in interleaved rounds, each in another order: what disturbs one tool disturbs all."""
 
 import gc
 import time
@@ -96,16 +96,19 @@ def time_tools(listed: Sequence[Tool], seconds: float) -> Times:
     for tool in listed:
         _time(tool)
     end = time.perf_counter() + seconds
-    rounds: list[list[float]] = []
+    rounds: list[NDArray[np.float64]] = []
+    # In a fixed order every tool would always find the caches as the same other tool left them.
+    order = np.random.default_rng(0)
     gc.collect()
     gc.disable()
     try:
         least = LEAST_ROUNDS if seconds > 0 else 1
         while len(rounds) < least or (len(rounds) < MOST_ROUNDS and time.perf_counter() < end):
-            before = rounds[0] if rounds else [0.0] * len(listed)
-            rounds.append(
-                [_time(tool) if took <= SLOW_SECONDS else np.nan for tool, took in zip(listed, before, strict=True)]
-            )
+            taken = np.full(len(listed), np.nan)
+            for index in order.permutation(len(listed)):
+                if not rounds or rounds[0][index] <= SLOW_SECONDS:
+                    taken[index] = _time(listed[index])
+            rounds.append(taken)
     finally:
         gc.enable()
     return Times(tuple(listed), np.array(rounds))
