@@ -11,7 +11,7 @@ from torch import Tensor
 from support.contract import DECIDED
 from tamegrad.strategies import OnNonfinite
 from tamegrad.torch.decide import AFTER, BEFORE, COLUMNS, CUT, NONFINITE, Decision, Thresholds, _decide, decide
-from tamegrad.torch.kernels.cpu_decide import decide_compiled
+from tamegrad.torch.kernels.cpu_decide import Kept, decide_compiled
 
 GROUPS = 300
 
@@ -72,6 +72,21 @@ def test_compiled_code_decides_the_same_to_the_bit(on_nonfinite: OnNonfinite, ra
         np.testing.assert_array_equal(ours.numpy(), theirs.numpy(), err_msg=name)
     assert compiled.may_change == bool(expected.changed.any())
     assert compiled.may_be_nonfinite
+
+
+def test_groups_that_are_all_kept_are_decided_the_same_to_the_bit() -> None:
+    table = torch.zeros(GROUPS, COLUMNS, dtype=torch.float64)
+    table[1:, 1] = torch.rand(GROUPS - 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    infinite = torch.full((GROUPS,), math.inf, dtype=torch.float64)
+    thresholds = Thresholds(infinite, infinite, torch.zeros(GROUPS, dtype=torch.bool))
+    expected = decide(table, thresholds, "keep", torch.zeros(GROUPS, dtype=torch.int64))
+    kept = Kept(np.append(expected.norms.numpy(), expected.total_norm.numpy()))
+    assert not kept.may_change
+    assert not kept.may_be_nonfinite
+    for name in DECIDED:
+        ours, theirs = getattr(kept, name), getattr(expected, name)
+        assert ours.dtype == theirs.dtype, name
+        np.testing.assert_array_equal(ours.numpy(), theirs.numpy(), err_msg=name)
 
 
 @pytest.mark.parametrize("on_nonfinite", get_args(OnNonfinite))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from support.contract import bits
 from support.gradients import model_with, random_gradients
-from tamegrad import Clip, ClipValue, NonFiniteGradientError
+from tamegrad import Clip, ClipValue, Keep, NonFiniteGradientError, Renormalize
 from tamegrad.torch import GradientNormalizer, attach
 from tamegrad.torch.kernels import cpu, cpu_step, objects, threads
 
@@ -100,6 +100,36 @@ def test_a_model_of_one_value_is_taken_at_once_too(taken: list[bool]) -> None:
     assert model.p0.grad.item() == -2.0
     assert (report.norms.tolist(), report.scales.tolist(), report.clipped.tolist()) == ([8.0], [0.25], [True])
     assert report.total_norm.item() == 8.0
+
+
+@pytest.mark.parametrize(
+    ("strategy", "gradient", "scale"),
+    [
+        (Clip(5.0), [3.0, 4.0], 1.0),
+        (Clip(math.nextafter(5.0, 0.0)), [3.0, 4.0], math.nextafter(1.0, 0.0)),
+        (Clip(math.nextafter(5.0, 6.0)), [3.0, 4.0], 1.0),
+        (Renormalize(), [1.0, 0.0], 1.0),
+        (Renormalize(), [0.0, 0.0], 1.0),
+        (Renormalize(), [2.0, 0.0], 0.5),
+        (Renormalize(), [0.5, 0.0], 2.0),
+        (Renormalize(), [1e-300, 0.0], 1e300),
+        (Renormalize(), [1e300, 0.0], 1e-300),
+        (ClipValue(4.0), [3.0, 4.0], 1.0),
+        (Keep(), [1e300, 1e300], 1.0),
+    ],
+    ids=str,
+)
+def test_it_is_known_exactly_when_nothing_changes(
+    strategy: Any, gradient: list[float], scale: float, taken: list[bool]
+) -> None:
+    model = model_with([torch.ones(2, dtype=torch.float64)])
+    normalizer = GradientNormalizer(model, strategy, backend="cpu")
+    normalizer.normalize_()
+    model.p0.grad = torch.tensor(gradient, dtype=torch.float64)
+    report = normalizer.normalize_()
+    assert taken == [True]
+    assert report.scales.item() == pytest.approx(scale, rel=1e-15)
+    assert (report.scales.item() == 1.0) == (scale == 1.0) == (model.p0.grad.tolist() == gradient)
 
 
 @pytest.mark.parametrize("count", [1, 2])

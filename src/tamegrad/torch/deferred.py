@@ -1,47 +1,52 @@
 """Tensors that are made when they are looked at, for what every step leaves behind and hardly anyone reads."""
 
-from collections.abc import Callable, Mapping
+from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 __all__ = ["Deferred"]
 
 
 class Deferred:
-    """Makes some attributes when one of them is first read.
+    """Makes some attributes when one of them is first read, with a method `_make`, which returns them by name.
 
-    A dataclass that inherits from this first and from another dataclass second is one of that kind, without values for
-    these attributes yet.
-
-    Args:
-        make: Returns the attributes by name; called at most once.
-        **known: The attributes that need no making.
+    A class that inherits from this first and from a dataclass second is one of that kind, whose values are yet to come.
 
     Example:
-        >>> deferred = Deferred(lambda: {"norm": 5.0}, group="out")
-        >>> sorted(vars(deferred))
-        ['_make', 'group']
-        >>> deferred.norm
+        >>> class Norm(Deferred):
+        ...     def __init__(self, squares):
+        ...         self._squares = squares
+        ...
+        ...     def _make(self):
+        ...         print("making it")
+        ...         return {"norm": self._squares**0.5}
+        >>> norm = Norm(25.0)
+        >>> norm.norm
+        making it
         5.0
-        >>> sorted(vars(deferred))
-        ['group', 'norm']
+        >>> norm.norm
+        5.0
     """
 
-    def __init__(self, make: Callable[[], Mapping[str, Any]], **known: object) -> None:
-        vars(self).update(known, _make=make)
+    @abstractmethod
+    def _make(self) -> Mapping[str, Any]:
+        """Returns the attributes that are to come, by name; called once."""
 
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401  what `make` returns
-        # Python asks for what is not there, which after making is an error as anywhere.
-        if not name.startswith("__") and self._made():
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401  what `_make` returns
+        # Python asks for what is not there, which is an error only when all is made.
+        if not name.startswith("_") and self._is_made_now():
             return getattr(self, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Returns all attributes, made by then, to be copied or pickled."""
-        self._made()
-        return vars(self)
+        """Returns all attributes, made by then, to be copied or pickled; what they are made of stays behind."""
+        self._is_made_now()
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")} | {"_made": True}
 
-    def _made(self) -> bool:
-        """Makes the attributes; says whether that had still to be done."""
-        make = vars(self).pop("_make", None)
-        vars(self).update(make() if make is not None else {})
-        return make is not None
+    def _is_made_now(self) -> bool:
+        """Makes the attributes if they are not made yet; says whether they were not."""
+        attributes = vars(self)
+        if "_made" in attributes:
+            return False
+        attributes.update(self._make(), _made=True)
+        return True

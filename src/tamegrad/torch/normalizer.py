@@ -149,7 +149,7 @@ class GradientNormalizer:
             self.skipped_steps += 1
         elif decision.may_change:
             self._apply(gradients, decision)
-        self.report = _report(self._group_names, decision, total, loss_scale, skipped=stopped)
+        self.report = _StepReport(self._group_names, decision, total, loss_scale, skipped=stopped)
         return self.report
 
     def _take_step_like_the_last(self, loss_scale: Tensor | None) -> _Decided | None:
@@ -345,28 +345,41 @@ def _some_nonfinite(decision: Decision, total: Tensor | None) -> bool:
 
 
 class _StepReport(Deferred, Report[Tensor]):
-    """A report that is made when it is first looked at."""
+    """A report that is made when it is first looked at.
 
+    Args:
+        groups: The names of the groups.
+        decision: What became of them.
+        total: The sums over a whole pipeline, if there is one.
+        loss_scale: What the gradients were multiplied by, if they were.
+        skipped: Whether nothing was changed, whatever was decided.
+    """
 
-def _report(
-    names: tuple[str, ...], decision: Decision, total: Tensor | None, loss_scale: Tensor | None, *, skipped: bool
-) -> Report[Tensor]:
-    # By the time that the report is looked at, a scaler may have changed its scale.
-    factor = None if loss_scale is None else loss_scale.clone()
+    def __init__(
+        self,
+        groups: tuple[str, ...],
+        decision: Decision,
+        total: Tensor | None,
+        loss_scale: Tensor | None,
+        *,
+        skipped: bool,
+    ) -> None:
+        # By the time that the report is looked at, a scaler may have changed its scale.
+        scale = None if loss_scale is None else loss_scale.clone()
+        vars(self).update(groups=groups, skipped=skipped, _decision=decision, _total=total, _loss_scale=scale)
 
-    def make() -> dict[str, Tensor]:
+    def _make(self) -> dict[str, Tensor]:
+        decision = self._decision
         norms, norms_after = decision.norms, decision.norms_after
-        total_norm = decision.total_norm if total is None else norm_of(total)
-        if factor is not None:
-            divisor = factor.to(norms)
-            norms, norms_after, total_norm = norms / divisor, norms_after / divisor, total_norm / divisor
+        total_norm = decision.total_norm if self._total is None else norm_of(self._total)
+        if self._loss_scale is not None:
+            factor = self._loss_scale.to(norms)
+            norms, norms_after, total_norm = norms / factor, norms_after / factor, total_norm / factor
         return {
             "norms": norms,
-            "scales": torch.ones_like(decision.scales) if skipped else decision.scales,
-            "norms_after": norms if skipped else norms_after,
-            "clipped": torch.zeros_like(decision.clipped) if skipped else decision.clipped,
+            "scales": torch.ones_like(decision.scales) if self.skipped else decision.scales,
+            "norms_after": norms if self.skipped else norms_after,
+            "clipped": torch.zeros_like(decision.clipped) if self.skipped else decision.clipped,
             "nonfinite": decision.nonfinite,
             "total_norm": total_norm,
         }
-
-    return _StepReport(make, groups=names, skipped=skipped)

@@ -44,8 +44,7 @@ class ModuleWatch:
         if compiled and all(isinstance(table, dict) for table, _ in self._tables):
             entries = [(id(name), id(entry)) for _, name, entry in self._entries]
             self.tables = ModuleTables(
-                np.array([id(table) for table, _ in self._tables], dtype=np.int64),
-                np.array([size for _, size in self._tables], dtype=np.int64),
+                np.array([(id(table), size) for table, size in self._tables], dtype=np.int64),
                 np.array(entries, dtype=np.int64).reshape(-1, 2),
             )
 

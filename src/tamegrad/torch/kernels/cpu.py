@@ -18,7 +18,7 @@ from tamegrad.groups import Plan
 from tamegrad.strategies import OnNonfinite
 from tamegrad.torch.decide import COLUMNS, Decision, Thresholds, decide
 from tamegrad.torch.kernels import eager, objects, threads
-from tamegrad.torch.kernels.cpu_decide import HostDecision, changes_of, decide_compiled, empty_rows
+from tamegrad.torch.kernels.cpu_decide import HostDecision, Kept, changes_of, decide_compiled
 from tamegrad.torch.kernels.cpu_loops import add_up, change_chunks, has_sizes, measure_chunks
 from tamegrad.torch.kernels.cpu_step import take_step
 from tamegrad.torch.kernels.jit import CONVERTS_FLOAT16
@@ -65,6 +65,7 @@ class _Work:
         kinds: `(C,)`: the dtype of each chunk.
         tasks: All chunks, shared out.
         measured: `(M, 3)`: those of the chunks that are measured.
+        groups: `(M,)`: the group of each of those.
         measuring: They, shared out.
         sums: `(M,)`, for the sum of squares of each; -1 where there is more to say.
         rows: `(M, COLUMNS)`, for all that is to be said there.
@@ -76,6 +77,7 @@ class _Work:
     kinds: NDArray[np.int64]
     tasks: list[_Tasks]
     measured: NDArray[np.int64]
+    groups: NDArray[np.int64]
     measuring: list[_Tasks]
     sums: NDArray[np.float64]
     rows: NDArray[np.float64]
@@ -98,8 +100,7 @@ class Kernels:
         self._counted = np.array(counted, dtype=np.bool_)
         self._group_of = np.array(plan.group_of, dtype=np.int64)
         self._groups = len(plan.groups)
-        self._sums = np.empty((self._groups, COLUMNS))
-        self._work = _plan_work(np.zeros((0, 2), dtype=np.int64), self._counted)
+        self._work = _plan_work(np.zeros((0, 2), dtype=np.int64), self._counted, self._group_of)
         self._thresholds: Thresholds | None = None
 
     def take_step(
@@ -132,20 +133,22 @@ class Kernels:
         team = threads.team(len(bounds) - 1)
         if team is None:
             return None
-        values, decided = Located([None] * len(parameters)), empty_rows(self._groups)
-        is_like_last, may_be_lazy, may_change, may_be_nonfinite = take_step(
+        values, norms = Located([None] * len(parameters)), np.empty(self._groups + 1)
+        largest, _, renormalizes = thresholds.arrays
+        is_like_last, may_be_lazy, kept = take_step(
             team,
             tuple(modules),
             (parameters, id(values), objects.CONSTANTS, work.table, work.sizes),
             (bounds, work.measured, self._limits_of(thresholds), kind.pairs, kind.like, work.sums, work.rows),
-            self._group_of,
-            (self._sums, *thresholds.arrays, on_nonfinite == "zero", decided),
+            (work.groups, largest, renormalizes, norms),
             variant=kind.like.dtype,
         )
         if not is_like_last or (may_be_lazy and holds_lazy(values, work.table)):
             return None
+        if kept:
+            return values, Kept(norms)
         values.memory = Memory(work.table)
-        return values, HostDecision(decided, may_change=may_change, may_be_nonfinite=may_be_nonfinite, steps=steps)
+        return values, decide_compiled(self._add_up(), thresholds, on_nonfinite, steps)
 
     def measure(self, gradients: Sequence[Tensor | None], thresholds: Thresholds) -> Tensor:
         """Measures all groups.
@@ -165,8 +168,12 @@ class Kernels:
         for kind, bounds in work.measuring:
             args = work.measured, addresses, limits, kind.pairs, kind.like, work.sums, work.rows
             threads.run(measure_chunks, kind.like.dtype, bounds, *args)
-        table = np.zeros((self._groups, COLUMNS))
-        add_up(work.measured, work.sums, work.rows, self._group_of, table)
+        return self._add_up()
+
+    def _add_up(self) -> Tensor:
+        """Adds up what was measured last, by group."""
+        work, table = self._work, np.zeros((self._groups, COLUMNS))
+        add_up(work.groups, work.sums, work.rows, table)
         return torch.from_numpy(table)
 
     def decide(self, table: Tensor, thresholds: Thresholds, on_nonfinite: OnNonfinite, steps: Tensor) -> Decision:
@@ -212,7 +219,7 @@ class Kernels:
     def _work_for(self, memory: Memory) -> _Work:
         """Returns the work for these sizes, which mostly are those of the last step."""
         if not has_sizes(memory.table, self._work.sizes):
-            self._work = _plan_work(memory.table[:, 1:].copy(), self._counted)
+            self._work = _plan_work(memory.table[:, 1:].copy(), self._counted, self._group_of)
         return self._work
 
 
@@ -223,14 +230,25 @@ def _located(gradients: Sequence[Tensor | None]) -> Memory | None:
     return None if (memory.table[:, 2] == DTYPES.index(torch.float16)).any() else memory
 
 
-def _plan_work(sizes: NDArray[np.int64], counted: NDArray[np.bool_]) -> _Work:
+def _plan_work(sizes: NDArray[np.int64], counted: NDArray[np.bool_], group_of: NDArray[np.int64]) -> _Work:
     """Cuts gradients of certain sizes into chunks, and shares out all of them and those that are measured."""
     chunks, kinds = cut_into_chunks(sizes)
     chosen = counted[chunks[:, 0]]
     measured = chunks[chosen]
     sums, rows = np.empty(len(measured)), np.empty((len(measured), COLUMNS))
     tasks, measuring = _share_out(chunks, kinds), _share_out(measured, kinds[chosen])
-    return _Work(sizes, chunks, kinds, tasks, measured, measuring, sums, rows, np.empty((len(sizes), 3), np.int64))
+    return _Work(
+        sizes,
+        chunks,
+        kinds,
+        tasks,
+        measured,
+        group_of[measured[:, 0]],
+        measuring,
+        sums,
+        rows,
+        np.empty((len(sizes), 3), np.int64),
+    )
 
 
 def cut_into_chunks(sizes: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

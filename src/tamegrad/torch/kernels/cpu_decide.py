@@ -4,7 +4,6 @@ What is decided is one array, a row a group: several arrays take several times a
 """
 
 import math
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,11 +16,12 @@ from tamegrad.torch.decide import AFTER, BIG_FACTOR, CUT, NONFINITE, SMALL_FACTO
 from tamegrad.torch.deferred import Deferred
 from tamegrad.torch.kernels.jit import Entry, inlined
 
-__all__ = ["HostDecision", "changes_of", "decide_compiled", "decide_rows", "empty_rows"]
+__all__ = ["HostDecision", "Kept", "are_kept", "changes_of", "decide_compiled"]
 
 # The columns of what is decided, as `Decision` names them: first what the loops that apply it read. One more row begins
 # with the total norm.
 _COLUMNS = ("first", "second", "limits", "zeroed", "norms", "scales", "norms_after", "clipped", "nonfinite")
+_NORM, _NORM_AFTER = _COLUMNS.index("norms"), _COLUMNS.index("norms_after")
 _DTYPES = {"zeroed": torch.bool, "clipped": torch.bool, "nonfinite": torch.int64}
 # Where in a row of the table the counts and the sums after begin.
 _NONFINITE, _AFTER = NONFINITE.start, AFTER.start
@@ -40,17 +40,33 @@ def _norm(small: Any, middle: Any, big: Any) -> Any:
 
 
 @inlined
-def decide_rows(table: Any, largest: Any, limits: Any, renormalizes: Any, zero: Any, decided: Any) -> Any:
-    """Decides on every group; returns whether any changes, and whether any is not finite. Only for compiled code.
+def are_kept(sums: Any, groups: Any, largest: Any, renormalizes: Any, norms: Any) -> Any:
+    """Says whether all groups are finite and left as they are, as mostly. Only for compiled code.
 
     Args:
-        table: As in `decide_compiled`.
+        sums: `(M,)`: the sum of squares of each chunk, all of them in the middle range; -1 where there is more to say.
+        groups: `(M,)`: the group of each chunk.
         largest: `Thresholds.norms`.
-        limits: `Thresholds.values`.
         renormalizes: `Thresholds.renormalizes`.
-        zero: Whether groups that are not finite become 0.
-        decided: Made by `empty_rows`; written.
+        norms: `(G + 1,)`, written if they are: the norm of each group, and of all of them.
     """
+    norms[:] = 0.0
+    for index in range(sums.size):
+        if not sums[index] >= 0.0:
+            return False
+        norms[groups[index]] += sums[index]
+    total = 0.0
+    for group in range(largest.size):
+        total += norms[group]
+        norms[group] = math.sqrt(norms[group])
+        if norms[group] > largest[group] or (renormalizes[group] and 0.0 < norms[group] < largest[group]):
+            return False
+    norms[-1] = math.sqrt(total)
+    return True
+
+
+def _decide(table: Any, largest: Any, limits: Any, renormalizes: Any, zero: Any, decided: Any) -> Any:
+    """Decides on every group; returns whether any changes, and whether any is not finite."""
     any_changes, any_nonfinite = False, False
     sums = np.zeros(3)
     for group in range(table.shape[0]):
@@ -90,10 +106,6 @@ def _changes(row: Any) -> Any:
     return row[0] != 1.0 or row[1] != 1.0 or row[2] != math.inf or row[3] != 0.0
 
 
-def _decide(table: Any, largest: Any, limits: Any, renormalizes: Any, zero: Any, decided: Any) -> Any:
-    return decide_rows(table, largest, limits, renormalizes, zero, decided)
-
-
 def _changes_of(decided: Any, group_of: Any, changes: Any) -> Any:
     all_change = True
     for position in range(group_of.size):
@@ -110,9 +122,9 @@ class HostDecision(Deferred, Decision):
     """A decision that compiled code made and reads; its tensors are made when one is first read.
 
     Args:
-        decided: Written by `decide_rows`.
-        may_change: The first that it returned.
-        may_be_nonfinite: The second.
+        decided: `(G + 1, 9)`: in the columns what `_COLUMNS` says; the last row begins with the total norm.
+        may_change: Whether any group changes.
+        may_be_nonfinite: Whether any group has a NaN or an infinity.
         steps: As in `decide`.
     """
 
@@ -121,10 +133,12 @@ class HostDecision(Deferred, Decision):
     def __init__(
         self, decided: NDArray[np.float64], *, may_change: bool, may_be_nonfinite: bool, steps: Tensor
     ) -> None:
-        known = {"may_change": may_change, "may_be_nonfinite": may_be_nonfinite}
-        super().__init__(partial(_tensors, decided), decided=decided, **known)
+        vars(self).update(decided=decided, may_change=may_change, may_be_nonfinite=may_be_nonfinite)
         if may_be_nonfinite:
             steps += self.nonfinite > 0
+
+    def _make(self) -> dict[str, Tensor]:
+        return _tensors(self.decided)
 
 
 def _tensors(decided: NDArray[np.float64]) -> dict[str, Tensor]:
@@ -134,9 +148,26 @@ def _tensors(decided: NDArray[np.float64]) -> dict[str, Tensor]:
     return {**named, "total_norm": torch.tensor(decided[-1, 0])}
 
 
-def empty_rows(groups: int) -> NDArray[np.float64]:
-    """Returns memory for what is decided about some groups."""
-    return np.empty((groups + 1, len(_COLUMNS)))
+class Kept(Deferred, Decision):
+    """The decision to leave all groups as they are, which are finite; its tensors are made when one is first read.
+
+    Args:
+        norms: `(G + 1,)` float64: the norm of each group, and of all of them.
+    """
+
+    may_change = False
+    may_be_nonfinite = False
+
+    def __init__(self, norms: NDArray[np.float64]) -> None:
+        vars(self)["_all_norms"] = norms
+
+    def _make(self) -> dict[str, Tensor]:
+        decided = np.empty((len(self._all_norms), len(_COLUMNS)))
+        # As `_COLUMNS` says.
+        decided[:] = 1.0, 1.0, math.inf, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0
+        decided[:, _NORM] = decided[:, _NORM_AFTER] = self._all_norms
+        decided[-1, 0] = self._all_norms[-1]
+        return _tensors(decided)
 
 
 def decide_compiled(table: Tensor, thresholds: Thresholds, on_nonfinite: OnNonfinite, steps: Tensor) -> HostDecision:
@@ -151,7 +182,7 @@ def decide_compiled(table: Tensor, thresholds: Thresholds, on_nonfinite: OnNonfi
     Returns:
         What `decide` returns, and whether there is anything to do.
     """
-    decided = empty_rows(len(table))
+    decided = np.empty((len(table) + 1, len(_COLUMNS)))
     may_change, may_be_nonfinite = _decide_compiled(table.numpy(), *thresholds.arrays, on_nonfinite == "zero", decided)
     return HostDecision(decided, may_change=may_change, may_be_nonfinite=may_be_nonfinite, steps=steps)
 
@@ -160,7 +191,7 @@ def changes_of(decided: NDArray[np.float64], group_of: NDArray[np.int64]) -> tup
     """Returns which gradients change.
 
     Args:
-        decided: Written by `decide_rows`.
+        decided: Of a `HostDecision`.
         group_of: `(P,)`: the group of each parameter.
 
     Returns:

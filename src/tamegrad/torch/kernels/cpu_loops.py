@@ -32,7 +32,7 @@ from tamegrad.torch.kernels.jit import (
     take_one,
 )
 
-__all__ = ["add_up", "add_up_rows", "change_chunks", "has_sizes", "measure_between", "measure_chunks"]
+__all__ = ["add_up", "change_chunks", "has_sizes", "measure_between", "measure_chunks"]
 
 # Sums are taken in blocks, so that the rounding errors of a long sum stay small.
 BLOCK = 4096
@@ -267,20 +267,14 @@ def _measure_chunks(openmp: Any, threads: Any, arguments: Any) -> None:
         _measure_tasks(*arguments)
 
 
-@inlined
-def add_up_rows(chunks: Any, sums: Any, rows: Any, group_of: Any, table: Any) -> None:
-    """Adds what was measured of chunks to the table of their groups. Only for compiled code."""
-    for index in range(chunks.shape[0]):
-        group = group_of[chunks[index, 0]]
+def _add_up(groups: Any, sums: Any, rows: Any, table: Any) -> None:
+    for index in range(groups.size):
+        group = groups[index]
         if sums[index] >= 0.0:
             table[group, 1] += sums[index]
             continue
         for column in range(rows.shape[1]):
             table[group, column] += rows[index, column]
-
-
-def _add_up(chunks: Any, sums: Any, rows: Any, group_of: Any, table: Any) -> None:
-    add_up_rows(chunks, sums, rows, group_of, table)
 
 
 def _has_sizes(table: Any, sizes: Any) -> Any:

@@ -18,13 +18,11 @@ class ModuleTables(NamedTuple):
     """The dictionaries of modules, in which they have their parameters and each other; all objects must be alive.
 
     Args:
-        tables: `(T,)`: the `id` of each dictionary.
-        sizes: `(T,)`: how many entries it has.
+        tables: `(T, 2)`: the `id` of each dictionary, and how many entries it has.
         entries: `(N, 2)`: the `id`s of all their keys and values.
     """
 
     tables: NDArray[np.int64]
-    sizes: NDArray[np.int64]
     entries: NDArray[np.int64]
 
 

@@ -17,7 +17,7 @@ from tamegrad.torch.kernels.jit import Entry, call, inlined, load, prefetch, pub
 from tamegrad.torch.kernels.layout import find_layout
 from tamegrad.torch.kernels.memory import DTYPES, ModuleTables
 
-__all__ = ["AVAILABLE", "CONSTANTS", "gather", "is_unchanged", "unchanged", "walk"]
+__all__ = ["AVAILABLE", "CONSTANTS", "GIVE_GIL", "gather", "is_unchanged", "unchanged", "walk"]
 
 # Where `DLPackExchangeAPI` has the function that describes a tensor, and the version that says so.
 _DESCRIBE, _VERSION = 40, 1
@@ -27,7 +27,14 @@ _TYPE = 8
 _ENTRIES = 32
 # How many objects ahead a walk has each step to what it reads fetched.
 _AHEAD, _TABLES_AHEAD = 3, 8
-_NAMES = ("PyList_SetItem", "PyErr_Clear", "PyDict_Size", "PyDict_Next")
+_NAMES = (
+    "PyList_SetItem",
+    "PyErr_Clear",
+    "PyDict_Size",
+    "PyDict_Next",
+    "PyEval_SaveThread",
+    "PyEval_RestoreThread",
+)
 # What the stable ABI calls the function of a descriptor that returns an attribute of an object.
 _DESCRIPTOR_GET = 54
 
@@ -57,17 +64,21 @@ def _address(name: str) -> int:
 
 
 _GRAD: Any = torch.Tensor.grad
-_FUNCTIONS = np.array([_describe_address(), _getter_address(), *map(_address, _NAMES)], dtype=np.int64)
-_OBJECTS = np.array([id(None), id(torch.Tensor), id(_GRAD)], dtype=np.int64)
+_FUNCTIONS = _describe_address(), _getter_address(), *map(_address, _NAMES)
+_OBJECTS = id(None), id(torch.Tensor), id(_GRAD)
 AVAILABLE = bool(_FUNCTIONS[0])
+# Where in `CONSTANTS` there are the functions that give the GIL away and, next to it, take it back.
+GIVE_GIL = 6
 
 # What DLPack calls the CPU, and its codes and bits of the dtypes, in the order of `DTYPES`.
 _CPU = 1
 _CODES = np.array([(2, 16), (4, 16), (2, 32), (2, 64), (5, 64), (5, 128)], dtype=np.int64)
 _layout = find_layout() if AVAILABLE else None
-_LAYOUT = np.array(astuple(_layout) if _layout is not None else (0, 0, 0), dtype=np.int64)
-# What a walk over parameters needs to know.
-CONSTANTS = _FUNCTIONS, _OBJECTS, _CODES, _LAYOUT
+# What compiled code needs to know of this process: functions, objects, and the layout or zeros. They are one array,
+# because every array that compiled code is called with takes its time.
+CONSTANTS = np.array(
+    [*_FUNCTIONS, *_OBJECTS, *(astuple(_layout) if _layout is not None else (0, 0, 0))], dtype=np.int64
+)
 _COMPLEX = DTYPES.index(torch.complex64)
 # 2**64 divided by the golden ratio, odd, as a signed number.
 _MIXER = 0x9E3779B97F4A7C15 - 2**64
@@ -130,9 +141,9 @@ def walk(parameters: Any, values: Any, constants: Any, table: Any, sizes: Any, k
     Returns:
         What `gather` returns, and whether all was as expected.
     """
-    functions, objects, codes, layout = constants
-    describe, get, set_item, clear_error = functions[:4]
-    none, tensor_type, descriptor = objects
+    describe, get, set_item, clear_error = constants[:4]
+    none, tensor_type, descriptor = constants[8:11]
+    layout = constants[11:]
     described = np.empty(6, np.int64)
     plain, may_be_lazy, expected = True, False, sizes.shape[0] == parameters.size
     for index in range(parameters.size):
@@ -152,7 +163,7 @@ def walk(parameters: Any, values: Any, constants: Any, table: Any, sizes: Any, k
                 call(clear_error, ())
                 return False, False, False
             # data, device, rank and dtype, shape, strides, offset
-            address, kind = described[0] + described[5], _kind(described[2], codes)
+            address, kind = described[0] + described[5], _kind(described[2])
             count = _dense_count(np.int32(described[2]), described[3], described[4])
             plain &= np.int32(described[1]) == _CPU and kind >= 0 and count >= 0
             may_be_lazy |= count == 1 or kind >= _COMPLEX
@@ -190,39 +201,40 @@ def _shares_memory(table: Any) -> Any:
 
 
 @inlined
-def _kind(word: Any, codes: Any) -> Any:
+def _kind(word: Any) -> Any:
     code, bits = (word >> 32) & 0xFF, (word >> 40) & 0xFF
-    for kind in range(codes.shape[0]):
-        if codes[kind, 0] == code and codes[kind, 1] == bits:
+    for kind in range(_CODES.shape[0]):
+        if _CODES[kind, 0] == code and _CODES[kind, 1] == bits:
             return kind
     return -1
 
 
 @inlined
-def is_unchanged(tables: Any, sizes: Any, entries: Any, functions: Any) -> Any:
-    """Says what `unchanged` does. Only for compiled code; `functions` are the first of `CONSTANTS`."""
-    dict_size, dict_next = functions[4:6]
+def is_unchanged(tables: Any, entries: Any, constants: Any) -> Any:
+    """Says what `unchanged` does. Only for compiled code."""
+    dict_size, dict_next = constants[4:6]
     # What PyDict_Next needs and gives: a place, a key, a value.
     state = np.zeros(3, np.int64)
     place = state.ctypes.data
     entry = 0
-    for index in range(tables.size):
-        ahead = tables[min(index + _TABLES_AHEAD, tables.size - 1)]
-        prefetch(tables[min(index + 2 * _TABLES_AHEAD, tables.size - 1)])
-        _prefetch_lines(load(ahead + _ENTRIES), 2)
-        if call(dict_size, (tables[index],)) != sizes[index]:
+    last = tables.shape[0] - 1
+    for index in range(tables.shape[0]):
+        prefetch(tables[min(index + 2 * _TABLES_AHEAD, last), 0])
+        _prefetch_lines(load(tables[min(index + _TABLES_AHEAD, last), 0] + _ENTRIES), 2)
+        table, size = tables[index]
+        if call(dict_size, (table,)) != size:
             return False
         state[0] = 0
-        for _ in range(sizes[index]):
-            call(dict_next, (tables[index], place, place + 8, place + 16))
+        for _ in range(size):
+            call(dict_next, (table, place, place + 8, place + 16))
             if load(place + 8) != entries[entry, 0] or load(place + 16) != entries[entry, 1]:
                 return False
             entry += 1
     return True
 
 
-def _unchanged(tables: Any, sizes: Any, entries: Any, functions: Any) -> Any:
-    return is_unchanged(tables, sizes, entries, functions)
+def _unchanged(tables: Any, entries: Any, constants: Any) -> Any:
+    return is_unchanged(tables, entries, constants)
 
 
 _gather_compiled = Entry(_gather, nogil=False)
@@ -256,4 +268,4 @@ def unchanged(modules: ModuleTables) -> bool:
     Returns:
         Whether all are the same objects.
     """
-    return bool(_unchanged_compiled(*modules, _FUNCTIONS))
+    return bool(_unchanged_compiled(*modules, CONSTANTS))
