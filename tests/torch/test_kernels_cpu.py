@@ -394,7 +394,14 @@ def test_tensors_are_laid_out_as_the_walk_expects() -> None:
         return ctypes.c_int64.from_address(address + distance).value
 
     autograd = follow(follow(id(parameter), layout.tensor), layout.autograd)
-    assert follow(autograd, layout.gradient) == parameter.grad._cdata
+    gradient = follow(autograd, layout.gradient)
+    assert gradient == parameter.grad._cdata
+    assert follow(gradient, layout.storage) == parameter.grad.untyped_storage()._cdata
+    assert follow(gradient, layout.object) == id(parameter.grad)
+    # What a walk may look into where there is no gradient.
+    parameter.grad = None
+    nothing = follow(autograd, layout.gradient)
+    assert (follow(nothing, layout.storage), follow(nothing, layout.object)) == (0, 0)
     assert follow(torch.zeros(3)._cdata, layout.autograd) == 0
 
 
@@ -402,7 +409,7 @@ def test_collects_the_same_where_the_layout_is_not_known(monkeypatch: pytest.Mon
     model = model_with([torch.randn(2, 3) for _ in range(40)])
     collector = Collector(list(model.parameters()), [""] * 40, located=True)
     known: Any = collector.collect().values
-    monkeypatch.setattr(objects, "CONSTANTS", np.append(objects.CONSTANTS[:-3], [0, 0, 0]))
+    monkeypatch.setattr(objects, "CONSTANTS", np.append(objects.CONSTANTS[:-5], [0] * 5))
     unknown: Any = collector.collect().values
     assert all(a is b for a, b in zip(known, unknown, strict=True))
     assert known.memory.table.tolist() == unknown.memory.table.tolist()

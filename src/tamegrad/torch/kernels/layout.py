@@ -1,8 +1,8 @@
 """Where PyTorch keeps what belongs to a tensor, found by looking at one, so that a walk can have it fetched in time.
 
 A walk over thousands of tensors mostly waits for memory, from a tensor's object to what it stands for, on to what
-autograd keeps with it, and on to the gradient. What is found here is only ever used to prefetch: no result depends on
-it, and where PyTorch is laid out in another way nothing is prefetched.
+autograd keeps with it, to the gradient, and to the storage and the object of that. What is found here is only ever used
+to prefetch: no result depends on it, and where PyTorch is laid out in another way nothing is prefetched.
 """
 
 import ctypes
@@ -29,11 +29,15 @@ class Layout:
         tensor: From the object of a tensor to the tensor.
         autograd: From the tensor to what autograd keeps with it, which may be nothing (0).
         gradient: From there to the gradient, a tensor.
+        storage: From a tensor to its storage, which knows where its values are.
+        object: From a tensor to its object, which may be nothing (0).
     """
 
     tensor: int
     autograd: int
     gradient: int
+    storage: int
+    object: int
 
 
 def find_layout() -> Layout | None:
@@ -51,9 +55,11 @@ def find_layout() -> Layout | None:
     # What autograd keeps is the only thing that was not there before.
     appeared = [index for index, (old, new) in enumerate(zip(before, after, strict=True)) if old == 0 != new]
     if len(appeared) == 1 and _words(id(tensor) + _TENSOR, 8) == [start]:
-        places = [index for index, word in enumerate(_words(after[appeared[0]], _AUTOGRAD_BYTES)) if word == wanted]
-        if len(places) == 1:
-            return Layout(_TENSOR, 8 * appeared[0], 8 * places[0])
+        kept, inside = _words(after[appeared[0]], _AUTOGRAD_BYTES), _words(wanted, _TENSOR_BYTES)
+        storage = gradient.untyped_storage()._cdata  # noqa: SLF001
+        searched = (kept, wanted), (inside, storage), (inside, id(gradient))
+        if all(words.count(address) == 1 for words, address in searched):
+            return Layout(_TENSOR, 8 * appeared[0], *(8 * words.index(address) for words, address in searched))
     _log.info("PyTorch %s keeps tensors in a way that is not known here: collecting takes longer", torch.__version__)
     return None
 

@@ -76,9 +76,7 @@ _CODES = np.array([(2, 16), (4, 16), (2, 32), (2, 64), (5, 64), (5, 128)], dtype
 _layout = find_layout() if AVAILABLE else None
 # What compiled code needs to know of this process: functions, objects, and the layout or zeros. They are one array,
 # because every array that compiled code is called with takes its time.
-CONSTANTS = np.array(
-    [*_FUNCTIONS, *_OBJECTS, *(astuple(_layout) if _layout is not None else (0, 0, 0))], dtype=np.int64
-)
+CONSTANTS = np.array([*_FUNCTIONS, *_OBJECTS, *(astuple(_layout) if _layout is not None else [0] * 5)], dtype=np.int64)
 _COMPLEX = DTYPES.index(torch.complex64)
 # 2**64 divided by the golden ratio, odd, as a signed number.
 _MIXER = 0x9E3779B97F4A7C15 - 2**64
@@ -113,16 +111,22 @@ def _prefetch_lines(address: Any, lines: Any) -> None:
 def _look_ahead(parameters: Any, index: Any, layout: Any) -> None:
     """Has fetched what a walk comes to soon, a step at a time: where to look next stands in what was fetched before.
 
-    Nothing is read but what a living parameter has; of the gradient only the address is taken.
+    Nothing is read but what living parameters have; their gradients live as long as the GIL is held.
     """
-    to_tensor, to_autograd, to_gradient = layout
+    to_tensor, to_autograd, to_gradient, to_storage, to_object = layout
     last = parameters.size - 1
-    prefetch(parameters[min(index + 4 * _AHEAD, last)])
-    _prefetch_lines(load(parameters[min(index + 3 * _AHEAD, last)] + to_tensor), 3)
-    _prefetch_lines(load(load(parameters[min(index + 2 * _AHEAD, last)] + to_tensor) + to_autograd), 2)
-    autograd = load(load(parameters[min(index + _AHEAD, last)] + to_tensor) + to_autograd)
+    prefetch(parameters[min(index + 5 * _AHEAD, last)])
+    _prefetch_lines(load(parameters[min(index + 4 * _AHEAD, last)] + to_tensor), 3)
+    _prefetch_lines(load(load(parameters[min(index + 3 * _AHEAD, last)] + to_tensor) + to_autograd), 2)
+    autograd = load(load(parameters[min(index + 2 * _AHEAD, last)] + to_tensor) + to_autograd)
     if autograd != 0:
         _prefetch_lines(load(autograd + to_gradient), 3)
+    autograd = load(load(parameters[min(index + _AHEAD, last)] + to_tensor) + to_autograd)
+    if autograd != 0:
+        # Where there is no gradient PyTorch has an empty tensor.
+        gradient = load(autograd + to_gradient)
+        prefetch(load(gradient + to_storage))
+        prefetch(load(gradient + to_object))
 
 
 @inlined
