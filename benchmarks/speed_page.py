@@ -217,17 +217,21 @@ each other in every operation, then lose more than their share, and the ratios f
 ## What stands in the way
 
 - Of 1,000 small layers every gradient is an object of Python that has to be found in memory, through three pointers, by
-  the one thread that may; the other measures meanwhile what was found. The rest is code that runs once a step with cold
-  caches: looking whether the model changed, deciding, the report. One compiled call for all of it would save a part.
+  the one thread that may; the other measures meanwhile what was found, as fast as one core can read. What comes before
+  and after is code that runs once a step with cold caches.
+- After a backward pass whatever first asks for a gradient, clipping or the optimizer, has PyTorch make an object of
+  Python for it. The gradients timed here have theirs already, for every tool; those in "Share of a training step" have
+  not.
 - `ClipValue` has to know that every value is finite before it changes one, so it reads before it writes.
   `clip_grad_value_` writes at once, whatever it finds.
 - The first call loads Numba; what it does for the model itself is in the line "Numba loaded before".
 
 ## How it was measured
 
-- The tools take turns (A B C, A B C, …) on the same gradients; the times are medians of all rounds, the ratios medians
-  of the ratios within each round. Before each turn, out of time, the gradients are written anew, as backward does right
-  before a step, so that no tool finds what another has left in the cache. One run of each before does not count.
+- The tools take turns on the same gradients, in every round in another order, so that none always comes after the same
+  other; the times are medians of all rounds, the ratios medians of the ratios within each round. Before each turn, out
+  of time, the gradients are written anew, as backward does right before a step, so that no tool finds what another has
+  left in the cache. One run of each before does not count.
 - **x floor** is how many times as long as the floor a tool takes; with nothing clipped that is one read (`sum` of the
   values laid flat), with everything clipped a read, then a read and write (`mul_`). **x tamegrad** is how many times as
   long a tool takes as what tamegrad does that means the same; under 1, in bold, tamegrad loses.
@@ -235,7 +239,8 @@ each other in every operation, then lose more than their share, and the ratios f
   is kept is said by the median.
 - Clipping nothing takes a threshold of 1e9, clipping everything one of 1e-6; the gradients are float32, normally
   distributed with a standard deviation of 0.01. Collecting the gradients is part of the time, for every tool.
-- tamegrad is called as `GradientNormalizer(model, strategy).normalize_()`, made once, with its report made every time.
+- tamegrad is called as `GradientNormalizer(model, strategy).normalize_()`, made once. Its report becomes tensors when
+  one of them is first read; the line "report read" reads the norms in every step.
 - optax runs under `jax.jit`, compiled before, and may write its result over its input. Inside a jitted training step
   it would be fused with what is around it, which this does not show.
 - smartclip's thresholds follow the norms it saw; it was first shown one norm far below or above all others. It looks

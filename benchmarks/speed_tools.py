@@ -30,8 +30,9 @@ __all__ = [
 # A norm and a value that no gradient passes, and that every one does.
 HUGE, TINY = 1e9, 1e-6
 
-PER_LAYER, PER_TYPE, GLOBAL, PER_VALUE = (
+PER_LAYER, REPORTED, PER_TYPE, GLOBAL, PER_VALUE = (
     'tamegrad `Clip(per="layer")`',
+    'tamegrad `Clip(per="layer")`, report read',
     'tamegrad `Clip(per="param_type")`',
     'tamegrad `Clip(per="model")`',
     "tamegrad `ClipValue`",
@@ -106,10 +107,12 @@ def _tamegrad(subject: Subject, threshold: float) -> list[Tool]:
         GLOBAL: Clip(threshold, per="model"),
         PER_VALUE: ClipValue(threshold),
     }
-    return [
+    first, *others = (
         Tool(name, GradientNormalizer(subject.model, strategy).normalize_, subject.refill)
         for name, strategy in strategies.items()
-    ]
+    )
+    reporting = GradientNormalizer(subject.model, strategies[PER_LAYER])
+    return [first, Tool(REPORTED, lambda: reporting.normalize_().norms, subject.refill), *others]
 
 
 def _torch(subject: Subject, threshold: float) -> list[Tool]:

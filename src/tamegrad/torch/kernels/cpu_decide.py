@@ -21,8 +21,7 @@ __all__ = ["HostDecision", "Kept", "are_kept", "changes_of", "decide_compiled"]
 # The columns of what is decided, as `Decision` names them: first what the loops that apply it read. One more row begins
 # with the total norm.
 _COLUMNS = ("first", "second", "limits", "zeroed", "norms", "scales", "norms_after", "clipped", "nonfinite")
-_NORM, _NORM_AFTER = _COLUMNS.index("norms"), _COLUMNS.index("norms_after")
-_DTYPES = {"zeroed": torch.bool, "clipped": torch.bool, "nonfinite": torch.int64}
+_DTYPES = {"zeroed": np.bool_, "clipped": np.bool_, "nonfinite": np.int64}
 # Where in a row of the table the counts and the sums after begin.
 _NONFINITE, _AFTER = NONFINITE.start, AFTER.start
 
@@ -143,9 +142,11 @@ class HostDecision(Deferred, Decision):
 
 def _tensors(decided: NDArray[np.float64]) -> dict[str, Tensor]:
     """Returns the tensors of a `Decision` by name."""
-    columns = zip(_COLUMNS, decided[:-1].T, strict=True)
-    named = {name: torch.from_numpy(column.copy()).to(_DTYPES.get(name)) for name, column in columns}
-    return {**named, "total_norm": torch.tensor(decided[-1, 0])}
+    columns = zip(_COLUMNS, decided[:-1].T.copy(), strict=True)
+    arrays = {name: column.astype(_DTYPES.get(name, np.float64), copy=False) for name, column in columns}
+    return {
+        name: torch.from_numpy(array) for name, array in {**arrays, "total_norm": decided[-1, :1].squeeze()}.items()
+    }
 
 
 class Kept(Deferred, Decision):
@@ -162,12 +163,21 @@ class Kept(Deferred, Decision):
         vars(self)["_all_norms"] = norms
 
     def _make(self) -> dict[str, Tensor]:
-        decided = np.empty((len(self._all_norms), len(_COLUMNS)))
-        # As `_COLUMNS` says.
-        decided[:] = 1.0, 1.0, math.inf, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0
-        decided[:, _NORM] = decided[:, _NORM_AFTER] = self._all_norms
-        decided[-1, 0] = self._all_norms[-1]
-        return _tensors(decided)
+        norms, groups = self._all_norms[:-1], len(self._all_norms) - 1
+        scales, flags = torch.from_numpy(np.ones(groups)), torch.from_numpy(np.zeros(groups, np.bool_))
+        return {
+            "norms": torch.from_numpy(norms),
+            "scales": scales,
+            "norms_after": torch.from_numpy(norms.copy()),
+            "clipped": flags,
+            "nonfinite": torch.from_numpy(np.zeros(groups, np.int64)),
+            "total_norm": torch.from_numpy(self._all_norms[-1:].squeeze()),
+            # What would be applied, which nobody does.
+            "first": scales,
+            "second": scales,
+            "limits": torch.from_numpy(np.full(groups, math.inf)),
+            "zeroed": flags,
+        }
 
 
 def decide_compiled(table: Tensor, thresholds: Thresholds, on_nonfinite: OnNonfinite, steps: Tensor) -> HostDecision:
