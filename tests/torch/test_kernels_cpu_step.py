@@ -90,6 +90,21 @@ def test_what_was_measured_is_dropped_if_any_gradient_is_unlike_the_last(
         )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64], ids=str)
+def test_values_that_are_cut_in_one_place_alone_are_seen_beside_those_that_are_not(dtype: torch.dtype) -> None:
+    gradients = [torch.full((cpu.CHUNK,), 0.5, dtype=dtype) for _ in range(3)]
+    model = model_with([gradient.clone() for gradient in gradients])
+    normalizer = GradientNormalizer(model, ClipValue(1.0), backend="cpu")
+    assert normalizer.normalize_().scales.tolist() == [1.0]
+    model.p1.grad[17] = 3.0
+    report = normalizer.normalize_()
+    quarter = 3 * cpu.CHUNK * 0.25
+    assert report.norms.item() == math.sqrt(quarter + 8.75)
+    assert report.norms_after.item() == math.sqrt(quarter + 0.75)
+    assert model.p1.grad[16:19].tolist() == [0.5, 1.0, 0.5]
+    assert torch.equal(model.p0.grad, gradients[0])
+
+
 def test_a_model_of_one_value_is_taken_at_once_too(taken: list[bool]) -> None:
     model = model_with([torch.tensor([3.0])])
     normalizer = GradientNormalizer(model, Clip(2.0), backend="cpu")

@@ -214,7 +214,10 @@ def _is_safe(total: Any) -> Any:
 
 @inlined
 def _measure(values: Any, limit: Any, pairs: Any, row: Any) -> Any:
-    """Returns the sum of squares if there is no more to say, as mostly; otherwise writes a row and returns -1."""
+    """Returns the sum of squares if there is no more to say, as mostly; otherwise writes a row and returns -1.
+
+    Of what is cut nowhere, the sum after is the sum before.
+    """
     has_limit = limit < np.inf
     total = 0.0
     if pairs or not has_limit:
@@ -225,13 +228,14 @@ def _measure(values: Any, limit: Any, pairs: Any, row: Any) -> Any:
     row[1] = total
     if has_limit and not pairs:
         _measure_cut_quickly(values, limit, row)
-    if not _is_safe(row[1]) and largest(values) == 0.0:
-        return -1.0
-    if not _is_safe(row[1]):
+    safe = _is_safe(row[1])
+    if not safe and largest(values) == 0.0:
+        return 0.0
+    if not safe:
         _measure_slowly(values, row)
     if has_limit and (pairs or not _is_safe(row[7])):
         _measure_cut_slowly(values, limit, row, pairs)
-    return -1.0
+    return row[1] if safe and row[9] == 0.0 else -1.0
 
 
 @inlined
@@ -272,6 +276,7 @@ def _add_up(groups: Any, sums: Any, rows: Any, table: Any) -> None:
         group = groups[index]
         if sums[index] >= 0.0:
             table[group, 1] += sums[index]
+            table[group, 7] += sums[index]
             continue
         for column in range(rows.shape[1]):
             table[group, column] += rows[index, column]
