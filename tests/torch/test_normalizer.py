@@ -239,6 +239,15 @@ def test_follows_a_model_that_changes() -> None:
     assert normalizer.normalize_()["a"].norm == 0.0
 
 
+def test_follows_a_model_that_counts_as_false() -> None:
+    model = nn.ModuleList()
+    model.scale = nn.Parameter(torch.zeros(1))
+    normalizer = GradientNormalizer(model, Clip(1.0))
+    model.shift = nn.Parameter(torch.zeros(1))
+    model.shift.grad = torch.tensor([7.0])
+    assert normalizer.normalize_().total_norm.item() == 7.0
+
+
 def test_merged_layers_of_a_model_that_changes_do_not_complain() -> None:
     model = two_layers([3.0, 4.0], [1.0, 0.0])
     normalizer = GradientNormalizer(model, Clip(1.0), layers=["b"])

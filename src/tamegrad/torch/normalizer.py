@@ -230,7 +230,7 @@ class GradientNormalizer:
         self._thresholds: Thresholds = Thresholds.of(self.plan)
         self._nonfinite_counts: Tensor = torch.zeros(len(self.plan.groups), dtype=torch.int64)
         # Pairs of names and parameters have no modules, and so none that change.
-        self._watch = ModuleWatch(self._model or nn.Module(), compiled=compiled)
+        self._watch = ModuleWatch(nn.Module() if self._model is None else self._model, compiled=compiled)
         self._step_taker = step_taker if self._reduction.is_local else None
 
     def _move_to(self, device: torch.device) -> None:
@@ -243,7 +243,7 @@ class GradientNormalizer:
         return whole if self._only is None else whole.restricted_to(self._only)
 
     def _plan_is_old(self) -> bool:
-        return not self._keeps_parameters() or (self._watch.changed())
+        return not self._keeps_parameters() or self._watch.changed()
 
     def _keeps_parameters(self) -> bool:
         """Says whether the plan is made of what it would be made of now, as far as its modules do not tell."""

@@ -124,17 +124,12 @@ class HostDecision(Deferred, Decision):
         decided: `(G + 1, 9)`: in the columns what `_COLUMNS` says; the last row begins with the total norm.
         may_change: Whether any group changes.
         may_be_nonfinite: Whether any group has a NaN or an infinity.
-        steps: As in `decide`.
     """
 
     decided: NDArray[np.float64]
 
-    def __init__(
-        self, decided: NDArray[np.float64], *, may_change: bool, may_be_nonfinite: bool, steps: Tensor
-    ) -> None:
+    def __init__(self, decided: NDArray[np.float64], *, may_change: bool, may_be_nonfinite: bool) -> None:
         vars(self).update(decided=decided, may_change=may_change, may_be_nonfinite=may_be_nonfinite)
-        if may_be_nonfinite:
-            steps += self.nonfinite > 0
 
     def _make(self) -> dict[str, Tensor]:
         return _tensors(self.decided)
@@ -144,9 +139,8 @@ def _tensors(decided: NDArray[np.float64]) -> dict[str, Tensor]:
     """Returns the tensors of a `Decision` by name."""
     columns = zip(_COLUMNS, decided[:-1].T.copy(), strict=True)
     arrays = {name: column.astype(_DTYPES.get(name, np.float64), copy=False) for name, column in columns}
-    return {
-        name: torch.from_numpy(array) for name, array in {**arrays, "total_norm": decided[-1, :1].squeeze()}.items()
-    }
+    arrays["total_norm"] = decided[-1, :1].squeeze()
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 class Kept(Deferred, Decision):
@@ -194,7 +188,10 @@ def decide_compiled(table: Tensor, thresholds: Thresholds, on_nonfinite: OnNonfi
     """
     decided = np.empty((len(table) + 1, len(_COLUMNS)))
     may_change, may_be_nonfinite = _decide_compiled(table.numpy(), *thresholds.arrays, on_nonfinite == "zero", decided)
-    return HostDecision(decided, may_change=may_change, may_be_nonfinite=may_be_nonfinite, steps=steps)
+    decision = HostDecision(decided, may_change=may_change, may_be_nonfinite=may_be_nonfinite)
+    if may_be_nonfinite:
+        steps += decision.nonfinite > 0
+    return decision
 
 
 def changes_of(decided: NDArray[np.float64], group_of: NDArray[np.int64]) -> tuple[NDArray[np.bool_], bool]:

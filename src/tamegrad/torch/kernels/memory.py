@@ -41,7 +41,7 @@ class Memory:
 
 
 class Located(list[Tensor | None]):
-    """The gradients of a step and where they are; None if one of them is not on the CPU."""
+    """The gradients of a step and where they are; None if one of them is not on the CPU, or none will change."""
 
     memory: Memory | None = None
 
