@@ -106,6 +106,9 @@ def _sharded_lines(axes: Axes, mesh: str, rows: Sequence[Sharded]) -> None:
 
 def _lines(axes: Axes, growth: Growth) -> None:
     names = dict.fromkeys(tool.name for times in growth.times.values() for tool in times.tools)
+    colours = mpl.color_sequences["tab20"]
+    # First the strong ones, then the light ones: one each.
+    axes.set_prop_cycle(color=[*colours[::2], *colours[1::2]])
     for name in names:
         points = [(count, 1e3 * times.median(name)) for count, times in growth.times.items() if name in times]
         floor = name.startswith("floor")

@@ -248,6 +248,22 @@ def test_follows_a_model_that_counts_as_false() -> None:
     assert normalizer.normalize_().total_norm.item() == 7.0
 
 
+def test_a_model_that_moves_to_another_device_gets_the_backend_for_it() -> None:
+    model = two_layers([3.0, 4.0], [1.0, 0.0])
+    normalizer = GradientNormalizer(model, Clip(1.0))
+    normalizer.normalize_()
+    assert normalizer.backend.name == "cpu"
+    model.zero_grad(set_to_none=True)
+    model.to("meta")
+    with pytest.warns(TamegradWarning, match="none of 2 parameters has a gradient"):
+        normalizer.normalize_()
+    assert str(normalizer.backend) == "eager (the 2 parameters are on meta)"
+    model.to_empty(device="cpu")
+    model["a"].weight.grad = torch.tensor([6.0, 8.0])
+    assert normalizer.normalize_()["a"].norm == 10.0
+    assert normalizer.backend.name == "cpu"
+
+
 def test_merged_layers_of_a_model_that_changes_do_not_complain() -> None:
     model = two_layers([3.0, 4.0], [1.0, 0.0])
     normalizer = GradientNormalizer(model, Clip(1.0), layers=["b"])

@@ -118,7 +118,7 @@ class GradientNormalizer:
         the last step, the plan is made anew.
 
         Returns:
-            What was done; also kept as `report`.
+            What was done; also kept as `report`. Its tensors are made when one of them is first read.
 
         Raises:
             SettingError: If a gradient is of a kind that cannot be normalized. No gradient was changed.
@@ -220,6 +220,7 @@ class GradientNormalizer:
         self._reduction = reduction
         self._whole = whole
         self._parameters = chosen.parameters
+        self._device = chosen.parameters[0].device
         self._group_names = tuple(group.name for group in self.plan.groups)
         self.backend: Choice = choose(self._asked_backend, chosen.parameters)
         self._kernels = BACKENDS[self.backend.name](self.plan, self._reduction.counted)
@@ -243,7 +244,9 @@ class GradientNormalizer:
         return whole if self._only is None else whole.restricted_to(self._only)
 
     def _plan_is_old(self) -> bool:
-        return not self._keeps_parameters() or self._watch.changed()
+        # A model moves as a whole: one parameter tells whether another backend is the best now.
+        moved = self._parameters[0].device != self._device
+        return moved or not self._keeps_parameters() or self._watch.changed()
 
     def _keeps_parameters(self) -> bool:
         """Says whether the plan is made of what it would be made of now, as far as its modules do not tell."""
