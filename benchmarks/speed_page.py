@@ -226,6 +226,11 @@ each other in every operation, then lose more than their share, and the ratios f
   `clip_grad_value_` writes at once, whatever it finds.
 - The first call loads Numba; what it does for the model itself is in the line "Numba loaded before".
 
+## What was not measured
+
+GPUs: none was at hand. `backend="gpu"` makes four launches a step in Triton's interpreter and compiles for sm_80, sm_90
+and gfx942; how long it takes, and whether a CUDA graph captures it, nobody has seen yet.
+
 ## How it was measured
 
 - The tools take turns on the same gradients, in every round in another order, so that none always comes after the same
