@@ -244,8 +244,8 @@ and gfx942; how long it takes, and whether a CUDA graph captures it, nobody has 
   is kept is said by the median.
 - Clipping nothing takes a threshold of 1e9, clipping everything one of 1e-6; the gradients are float32, normally
   distributed with a standard deviation of 0.01. Collecting the gradients is part of the time, for every tool.
-- tamegrad is called as `GradientNormalizer(model, strategy).normalize_()`, made once. Its report becomes tensors when
-  one of them is first read; the line "report read" reads the norms in every step.
+- tamegrad is called as `GradientNormalizer(model, strategy).normalize_()`, made once. Each tensor of its report is made
+  when it is first read; the line "report read" reads the norms and the total norm in every step.
 - optax runs under `jax.jit`, compiled before, and may write its result over its input. Inside a jitted training step
   it would be fused with what is around it, which this does not show.
 - smartclip's thresholds follow the norms it saw; it was first shown one norm far below or above all others. It looks

@@ -112,7 +112,12 @@ def _tamegrad(subject: Subject, threshold: float) -> list[Tool]:
         for name, strategy in strategies.items()
     )
     reporting = GradientNormalizer(subject.model, strategies[PER_LAYER])
-    return [first, Tool(REPORTED, lambda: reporting.normalize_().norms, subject.refill), *others]
+
+    def report() -> object:
+        read = reporting.normalize_()
+        return read.norms, read.total_norm
+
+    return [first, Tool(REPORTED, report, subject.refill), *others]
 
 
 def _torch(subject: Subject, threshold: float) -> list[Tool]:

@@ -152,7 +152,9 @@ def _limited(array: NDArray[Any], threshold: float) -> NDArray[Any]:
     """Cuts magnitudes to the threshold: `sign(g)·min(t, |g|)`, where the sign of a complex value is its direction."""
     magnitudes = np.abs(array)
     over = magnitudes > threshold
-    return np.where(over, array / np.where(over, magnitudes, 1.0) * threshold, array)
+    # The magnitude of a complex value may be past what a float64 holds; that of its half never is.
+    held = np.where(over, np.where(np.isinf(magnitudes), array / 2, array), 1.0)
+    return np.where(over, held / np.abs(held) * threshold, array)
 
 
 def _as_real(array: NDArray[Any]) -> NDArray[np.float64]:

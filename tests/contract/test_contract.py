@@ -14,12 +14,14 @@ from support.contract import (
     QUICK_BACKENDS,
     Case,
     assert_contract,
+    assert_huge_complex_cut,
     assert_same_report,
     assert_same_values,
     bits,
     every_strategy,
+    huge_complex_case,
 )
-from tamegrad import Report, normalize
+from tamegrad import ClipValue, Report, normalize
 from tamegrad.strategies import OnNonfinite, Strategy
 from tamegrad.torch import GradientNormalizer
 from tamegrad.torch.gradients import DTYPES
@@ -111,3 +113,11 @@ def test_the_suite_would_notice_a_wrong_threshold() -> None:
 def test_values_on_both_sides_of_an_edge_between_ranges(strategy: Strategy, edge: float, backend: Any) -> None:
     values = torch.tensor([0.5, 0.999, 1.0, 1.001, 2.0], dtype=torch.float64) * edge
     assert_contract(Case.of({"out": {"weight": values, "bias": values[:2].clone()}}), strategy, backend)
+
+
+@pytest.mark.parametrize("backend", QUICK_BACKENDS)
+@pytest.mark.parametrize("limit", [2.0, 1.7e308])
+def test_complex_values_whose_magnitude_no_float64_holds_keep_their_direction(limit: float, backend: Any) -> None:
+    case = huge_complex_case()
+    assert_contract(case, ClipValue(limit), backend)
+    assert_huge_complex_cut(case, limit)

@@ -123,6 +123,22 @@ def assert_contract(case: Case, strategy: object, backend: Any, on_nonfinite: On
         assert_one_step()
 
 
+def huge_complex_case() -> Case:
+    """Makes a case of finite values, some of whose magnitudes are past what a float64 holds."""
+    largest = np.finfo(np.float64).max
+    values = [complex(largest, -largest), complex(0.3 * largest, 0.99 * largest), complex(3.0, 4.0), complex(0.0, 1.0)]
+    return Case.of({"out": {"weight": torch.tensor(values, dtype=torch.complex128)}})
+
+
+def assert_huge_complex_cut(case: Case, limit: float) -> None:
+    """Holds what `ClipValue` made of the huge complex case against what it is by hand."""
+    length = np.hypot(0.3, 0.99)
+    directions = np.array([complex(0.5**0.5, -(0.5**0.5)), complex(0.3, 0.99) / length, complex(0.6, 0.8)])
+    gradient = case.gradients["out"]["weight"].numpy()
+    np.testing.assert_allclose(gradient[:2], directions[:2] * limit, rtol=1e-15)
+    np.testing.assert_allclose(gradient[2:], [directions[2] * min(limit, 5.0), complex(0.0, 1.0)], rtol=1e-15)
+
+
 def as_real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 

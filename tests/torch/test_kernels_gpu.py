@@ -14,7 +14,17 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from support.contract import DECIDED, NORM_TOLERANCE, Case, Tensors, assert_contract, bits, every_strategy
+from support.contract import (
+    DECIDED,
+    NORM_TOLERANCE,
+    Case,
+    Tensors,
+    assert_contract,
+    assert_huge_complex_cut,
+    bits,
+    every_strategy,
+    huge_complex_case,
+)
 from tamegrad import Clip, ClipValue, Keep, Policy, Renormalize, SettingError
 from tamegrad.strategies import OnNonfinite, Strategy
 from tamegrad.torch import GradientNormalizer
@@ -75,6 +85,13 @@ def test_values_on_both_sides_of_an_edge_between_ranges(strategy: Strategy, dtyp
     assert_contract(
         Case.of({"out": {"weight": values.to(dtype), "bias": values[:2].to(dtype, copy=True)}}), strategy, GPU
     )
+
+
+@pytest.mark.parametrize("limit", [2.0, 1.7e308])
+def test_complex_values_whose_magnitude_no_float64_holds_keep_their_direction(limit: float) -> None:
+    case = huge_complex_case()
+    assert_contract(case, ClipValue(limit), GPU)
+    assert_huge_complex_cut(case, limit)
 
 
 LENGTHS = [0, 1, 63, 1000, gpu.BLOCK - 1, gpu.BLOCK, gpu.BLOCK + 1, gpu.CHUNK - 1, gpu.CHUNK, gpu.CHUNK + 1]

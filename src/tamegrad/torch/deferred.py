@@ -1,52 +1,51 @@
 """Tensors that are made when they are looked at, for what every step leaves behind and hardly anyone reads."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
 from typing import Any
 
 __all__ = ["Deferred"]
 
 
 class Deferred:
-    """Makes some attributes when one of them is first read, with a method `_make`, which returns them by name.
+    """Makes each field of a dataclass when it is first read.
 
-    A class that inherits from this first and from a dataclass second is one of that kind, whose values are yet to come.
+    A class inherits from this first and from the dataclass second, and has a method `_make`.
 
     Example:
-        >>> class Norm(Deferred):
-        ...     def __init__(self, squares):
-        ...         self._squares = squares
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True)
+        ... class Circle:
+        ...     radius: float
+        ...     area: float
+        >>> class Drawn(Deferred, Circle):
+        ...     def __init__(self, radius):
+        ...         vars(self)["radius"] = radius
         ...
-        ...     def _make(self):
-        ...         print("making it")
-        ...         return {"norm": self._squares**0.5}
-        >>> norm = Norm(25.0)
-        >>> norm.norm
-        making it
-        5.0
-        >>> norm.norm
-        5.0
+        ...     def _make(self, name):
+        ...         print("making", name)
+        ...         return 3.14 * self.radius**2
+        >>> circle = Drawn(10.0)
+        >>> circle.area
+        making area
+        314.0
+        >>> circle
+        Drawn(radius=10.0, area=314.0)
     """
 
-    @abstractmethod
-    def _make(self) -> Mapping[str, Any]:
-        """Returns the attributes that are to come, by name; called once."""
+    # Of the dataclass.
+    __dataclass_fields__: dict[str, Any]
 
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401  what `_make` returns
-        # Python asks for what is not there, which is an error only when all is made.
-        if not name.startswith("_") and self._is_made_now():
-            return getattr(self, name)
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
+    @abstractmethod
+    def _make(self, name: str) -> Any:  # noqa: ANN401  of the field's type
+        """Returns what a field is; called at most once for each."""
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401  of the field's type
+        # Python asks for what is not there.
+        if name not in self.__dataclass_fields__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
+        value = vars(self)[name] = self._make(name)
+        return value
 
     def __getstate__(self) -> dict[str, Any]:
-        """Returns all attributes, made by then, to be copied or pickled; what they are made of stays behind."""
-        self._is_made_now()
-        return {name: value for name, value in vars(self).items() if not name.startswith("_")} | {"_made": True}
-
-    def _is_made_now(self) -> bool:
-        """Makes the attributes if they are not made yet; says whether they were not."""
-        attributes = vars(self)
-        if "_made" in attributes:
-            return False
-        attributes.update(self._make(), _made=True)
-        return True
+        """Returns all fields, to be copied or pickled; what they are made of stays behind."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}

@@ -118,7 +118,7 @@ class GradientNormalizer:
         the last step, the plan is made anew.
 
         Returns:
-            What was done; also kept as `report`. Its tensors are made when one of them is first read.
+            What was done; also kept as `report`. Each of its tensors is made when it is first read.
 
         Raises:
             SettingError: If a gradient is of a kind that cannot be normalized. No gradient was changed.
@@ -348,7 +348,7 @@ def _some_nonfinite(decision: Decision, total: Tensor | None) -> bool:
 
 
 class _StepReport(Deferred, Report[Tensor]):
-    """A report that is made when it is first looked at.
+    """A report each of whose tensors is made when it is first read.
 
     Args:
         groups: The names of the groups.
@@ -371,18 +371,14 @@ class _StepReport(Deferred, Report[Tensor]):
         scale = None if loss_scale is None else loss_scale.clone()
         vars(self).update(groups=groups, skipped=skipped, _decision=decision, _total=total, _loss_scale=scale)
 
-    def _make(self) -> dict[str, Tensor]:
-        decision = self._decision
-        norms, norms_after = decision.norms, decision.norms_after
-        total_norm = decision.total_norm if self._total is None else norm_of(self._total)
-        if self._loss_scale is not None:
-            factor = self._loss_scale.to(norms)
-            norms, norms_after, total_norm = norms / factor, norms_after / factor, total_norm / factor
-        return {
-            "norms": norms,
-            "scales": torch.ones_like(decision.scales) if self.skipped else decision.scales,
-            "norms_after": norms if self.skipped else norms_after,
-            "clipped": torch.zeros_like(decision.clipped) if self.skipped else decision.clipped,
-            "nonfinite": decision.nonfinite,
-            "total_norm": total_norm,
-        }
+    def _make(self, name: str) -> Tensor:
+        value: Tensor = getattr(self._decision, "norms" if self.skipped and name == "norms_after" else name)
+        if self.skipped and name == "scales":
+            return torch.ones_like(value)
+        if self.skipped and name == "clipped":
+            return torch.zeros_like(value)
+        if name == "total_norm" and self._total is not None:
+            value = norm_of(self._total)
+        if self._loss_scale is not None and name in {"norms", "norms_after", "total_norm"}:
+            value = value / self._loss_scale.to(value)
+        return value

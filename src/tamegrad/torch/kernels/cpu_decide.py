@@ -22,6 +22,16 @@ __all__ = ["HostDecision", "Kept", "are_kept", "changes_of", "decide_compiled"]
 # with the total norm.
 _COLUMNS = ("first", "second", "limits", "zeroed", "norms", "scales", "norms_after", "clipped", "nonfinite")
 _DTYPES = {"zeroed": np.bool_, "clipped": np.bool_, "nonfinite": np.int64}
+# What they are of a group that is left as it is, but for its norm.
+_KEPT = {
+    "first": 1.0,
+    "second": 1.0,
+    "limits": math.inf,
+    "zeroed": False,
+    "scales": 1.0,
+    "clipped": False,
+    "nonfinite": 0,
+}
 # Where in a row of the table the counts and the sums after begin.
 _NONFINITE, _AFTER = NONFINITE.start, AFTER.start
 
@@ -118,7 +128,7 @@ _changes_of_compiled = Entry(_changes_of, nogil=True)
 
 
 class HostDecision(Deferred, Decision):
-    """A decision that compiled code made and reads; its tensors are made when one is first read.
+    """A decision that compiled code made and reads; each of its tensors is made when it is first read.
 
     Args:
         decided: `(G + 1, 9)`: in the columns what `_COLUMNS` says; the last row begins with the total norm.
@@ -131,20 +141,15 @@ class HostDecision(Deferred, Decision):
     def __init__(self, decided: NDArray[np.float64], *, may_change: bool, may_be_nonfinite: bool) -> None:
         vars(self).update(decided=decided, may_change=may_change, may_be_nonfinite=may_be_nonfinite)
 
-    def _make(self) -> dict[str, Tensor]:
-        return _tensors(self.decided)
-
-
-def _tensors(decided: NDArray[np.float64]) -> dict[str, Tensor]:
-    """Returns the tensors of a `Decision` by name."""
-    columns = zip(_COLUMNS, decided[:-1].T.copy(), strict=True)
-    arrays = {name: column.astype(_DTYPES.get(name, np.float64), copy=False) for name, column in columns}
-    arrays["total_norm"] = decided[-1, :1].squeeze()
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+    def _make(self, name: str) -> Tensor:
+        if name == "total_norm":
+            return torch.tensor(self.decided[-1, 0])
+        column = self.decided[:-1, _COLUMNS.index(name)]
+        return torch.from_numpy(column.astype(_DTYPES.get(name, np.float64)))
 
 
 class Kept(Deferred, Decision):
-    """The decision to leave all groups as they are, which are finite; its tensors are made when one is first read.
+    """The decision to leave all groups, which are finite, as they are; each tensor is made when it is first read.
 
     Args:
         norms: `(G + 1,)` float64: the norm of each group, and of all of them.
@@ -156,22 +161,12 @@ class Kept(Deferred, Decision):
     def __init__(self, norms: NDArray[np.float64]) -> None:
         vars(self)["_all_norms"] = norms
 
-    def _make(self) -> dict[str, Tensor]:
-        norms, groups = self._all_norms[:-1], len(self._all_norms) - 1
-        scales, flags = torch.from_numpy(np.ones(groups)), torch.from_numpy(np.zeros(groups, np.bool_))
-        return {
-            "norms": torch.from_numpy(norms),
-            "scales": scales,
-            "norms_after": torch.from_numpy(norms.copy()),
-            "clipped": flags,
-            "nonfinite": torch.from_numpy(np.zeros(groups, np.int64)),
-            "total_norm": torch.from_numpy(self._all_norms[-1:].squeeze()),
-            # What would be applied, which nobody does.
-            "first": scales,
-            "second": scales,
-            "limits": torch.from_numpy(np.full(groups, math.inf)),
-            "zeroed": flags,
-        }
+    def _make(self, name: str) -> Tensor:
+        if name == "total_norm":
+            return torch.tensor(self._all_norms[-1])
+        if name in _KEPT:
+            return torch.from_numpy(np.full(len(self._all_norms) - 1, _KEPT[name]))
+        return torch.from_numpy(self._all_norms[:-1].copy())
 
 
 def decide_compiled(table: Tensor, thresholds: Thresholds, on_nonfinite: OnNonfinite, steps: Tensor) -> HostDecision:

@@ -337,6 +337,10 @@ def _cut_pairs(values: Any, limit: Any) -> None:
         real, imaginary = widened(values[index]), widened(values[index + 1])
         magnitude = math.hypot(real, imaginary)
         if magnitude > limit:
+            if math.isinf(magnitude):
+                # It is past what a float64 holds; that of a half never is.
+                real, imaginary = real / 2, imaginary / 2
+                magnitude = math.hypot(real, imaginary)
             values[index] = narrowed(real / magnitude * limit, values)
             values[index + 1] = narrowed(imaginary / magnitude * limit, values)
 

@@ -123,7 +123,9 @@ def _limited(wide: Tensor, limit: Tensor, *, pairs: bool) -> Tensor:
     if not pairs:
         return wide.clamp(-limit, limit)
     magnitudes = _magnitudes(wide, pairs=True)
-    return torch.where(magnitudes > limit, wide / magnitudes * limit, wide)
+    # A magnitude may be past what a float64 holds; that of a half never is.
+    held = torch.where(magnitudes.isinf(), wide / 2, wide)
+    return torch.where(magnitudes > limit, held / _magnitudes(held, pairs=True) * limit, wide)
 
 
 def _squares(values: Tensor) -> Tensor:

@@ -292,9 +292,11 @@ def _limited(real, imaginary, limit, AS_PAIRS: tl.constexpr):
     if AS_PAIRS:
         magnitude = _magnitude(real, imaginary, AS_PAIRS)
         over = magnitude > limit
-        divisor = tl.where(over, magnitude, 1.0)
-        real = tl.where(over, real / divisor * limit, real)
-        imaginary = tl.where(over, imaginary / divisor * limit, imaginary)
+        # A magnitude may be past what a float64 holds; that of a half never is.
+        factor = tl.where(magnitude == float("inf"), 0.5, 1.0)
+        divisor = tl.where(over, _magnitude(real * factor, imaginary * factor, AS_PAIRS), 1.0)
+        real = tl.where(over, real * factor / divisor * limit, real)
+        imaginary = tl.where(over, imaginary * factor / divisor * limit, imaginary)
     else:
         real = tl.where(real > limit, limit, tl.where(real < -limit, -limit, real))
         imaginary = real
