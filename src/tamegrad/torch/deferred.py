@@ -1,6 +1,7 @@
 """Tensors that are made when they are looked at, for what every step leaves behind and hardly anyone reads."""
 
 from abc import abstractmethod
+from dataclasses import Field
 from typing import Any
 
 __all__ = ["Deferred"]
@@ -33,19 +34,19 @@ class Deferred:
     """
 
     # Of the dataclass.
-    __dataclass_fields__: dict[str, Any]
+    __dataclass_fields__: dict[str, Field[Any]]
 
     @abstractmethod
-    def _make(self, name: str) -> Any:  # noqa: ANN401  of the field's type
+    def _make(self, name: str) -> object:
         """Returns what a field is; called at most once for each."""
 
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401  of the field's type
+    def __getattr__(self, name: str) -> object:
         # Python asks for what is not there.
         if name not in self.__dataclass_fields__:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
         value = vars(self)[name] = self._make(name)
         return value
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """Returns all fields, to be copied or pickled; what they are made of stays behind."""
         return {name: getattr(self, name) for name in self.__dataclass_fields__}

@@ -358,6 +358,10 @@ class _StepReport(Deferred, Report[Tensor]):
         skipped: Whether nothing was changed, whatever was decided.
     """
 
+    _decision: Decision
+    _total: Tensor | None
+    _loss_scale: Tensor | None
+
     def __init__(
         self,
         groups: tuple[str, ...],

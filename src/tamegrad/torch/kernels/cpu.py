@@ -111,20 +111,7 @@ class Kernels:
         on_nonfinite: OnNonfinite,
         steps: Tensor,
     ) -> tuple[Located, Decision] | None:
-        """Takes a step like the last one at once, up to where gradients change.
-
-        Args:
-            parameters: `(P,)`: the `id` of each parameter, in the order of the plan.
-            modules: The modules of the model as they were when the plan was made.
-            thresholds: Of the step.
-            on_nonfinite: What happens to a group with NaN or infinity.
-            steps: As in `decide`.
-
-        Returns:
-            The gradients, and what becomes of them. None if nothing was done: the modules or the sizes of the gradients
-            are not what they were, the gradients are of several dtypes, or this PyTorch does not let itself be walked
-            over.
-        """
+        """Takes a step like the last one, as `StepTaker` says; gradients of several dtypes make none."""
         work = self._work
         if not objects.AVAILABLE or len(work.measuring) != 1 or not thresholds.on_host:
             return None

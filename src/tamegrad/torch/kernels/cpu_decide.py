@@ -157,6 +157,7 @@ class Kept(Deferred, Decision):
 
     may_change = False
     may_be_nonfinite = False
+    _all_norms: NDArray[np.float64]
 
     def __init__(self, norms: NDArray[np.float64]) -> None:
         vars(self)["_all_norms"] = norms

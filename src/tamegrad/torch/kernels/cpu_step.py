@@ -44,7 +44,8 @@ def _is_known(known: Any, position: Any) -> Any:
 @inlined
 def _measure(walking: Any, measuring: Any, taken: Any, known: Any) -> None:
     bounds, chunks, limits, pairs, like, sums, rows = measuring
-    addresses = walking[3][:, 0]
+    _, _, _, table, _ = walking
+    addresses = table[:, 0]
     task = take_one(taken)
     while task < bounds.size - 1 and _is_known(known, chunks[bounds[task + 1] - 1, 0]):
         measure_between(bounds[task], bounds[task + 1], chunks, addresses, limits, pairs, like, sums, rows)
@@ -73,9 +74,10 @@ def _take_step(team: Any, modules: Any, walking: Any, measuring: Any, deciding: 
         _find(modules, walking, known, found)
         _measure(walking, measuring, taken, known)
     is_like_last = found[0] != 0
-    kept = is_like_last and are_kept(measuring[5], *deciding)
-    restore = walking[2][GIVE_GIL + 1]
-    call(restore, (found[2],))
+    _, _, _, _, _, sums, _ = measuring
+    kept = is_like_last and are_kept(sums, *deciding)
+    _, _, constants, _, _ = walking
+    call(constants[GIVE_GIL + 1], (found[2],))
     return is_like_last, found[1] != 0, kept
 
 

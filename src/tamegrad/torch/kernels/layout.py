@@ -47,7 +47,8 @@ def find_layout() -> Layout | None:
         The layout, or None where it is another than can be found, which is said on the logger `tamegrad`.
     """
     tensor, gradient = (torch.zeros(1, device="cpu") for _ in range(2))
-    start, wanted = tensor._cdata, gradient._cdata  # noqa: SLF001  where they are
+    looked_for = tensor, gradient, gradient.untyped_storage()
+    start, wanted, storage = (thing._cdata for thing in looked_for)  # noqa: SLF001  where they are
     before = _words(start, _TENSOR_BYTES)
     tensor.requires_grad_()
     tensor.grad = gradient
@@ -56,7 +57,6 @@ def find_layout() -> Layout | None:
     appeared = [index for index, (old, new) in enumerate(zip(before, after, strict=True)) if old == 0 != new]
     if len(appeared) == 1 and _words(id(tensor) + _TENSOR, 8) == [start]:
         kept, inside = _words(after[appeared[0]], _AUTOGRAD_BYTES), _words(wanted, _TENSOR_BYTES)
-        storage = gradient.untyped_storage()._cdata  # noqa: SLF001
         searched = (kept, wanted), (inside, storage), (inside, id(gradient))
         if all(words.count(address) == 1 for words, address in searched):
             return Layout(_TENSOR, 8 * appeared[0], *(8 * words.index(address) for words, address in searched))

@@ -100,6 +100,5 @@ def holds_lazy(gradients: Sequence[Tensor | None], table: NDArray[np.int64]) -> 
         Whether one is.
     """
     candidates = np.flatnonzero((table[:, 1] == 1) | (table[:, 2] >= DTYPES.index(torch.complex64)))
-    return any(
-        gradient is not None and is_lazy(gradient) for gradient in map(gradients.__getitem__, candidates.tolist())
-    )
+    asked = (gradients[index] for index in candidates.tolist())
+    return any(gradient is not None and is_lazy(gradient) for gradient in asked)

@@ -76,6 +76,7 @@ _CODES = np.array([(2, 16), (4, 16), (2, 32), (2, 64), (5, 64), (5, 128)], dtype
 _layout = find_layout() if AVAILABLE else None
 # What compiled code needs to know of this process: functions, objects, and the layout or zeros. They are one array,
 # because every array that compiled code is called with takes its time.
+_OBJECTS_AT, _LAYOUT_AT = len(_FUNCTIONS), len(_FUNCTIONS) + len(_OBJECTS)
 CONSTANTS = np.array([*_FUNCTIONS, *_OBJECTS, *(astuple(_layout) if _layout is not None else [0] * 5)], dtype=np.int64)
 _COMPLEX = DTYPES.index(torch.complex64)
 # 2**64 divided by the golden ratio, odd, as a signed number.
@@ -146,8 +147,8 @@ def walk(parameters: Any, values: Any, constants: Any, table: Any, sizes: Any, k
         What `gather` returns, and whether all was as expected.
     """
     describe, get, set_item, clear_error = constants[:4]
-    none, tensor_type, descriptor = constants[8:11]
-    layout = constants[11:]
+    none, tensor_type, descriptor = constants[_OBJECTS_AT:_LAYOUT_AT]
+    layout = constants[_LAYOUT_AT:]
     described = np.empty(6, np.int64)
     plain, may_be_lazy, expected = True, False, sizes.shape[0] == parameters.size
     for index in range(parameters.size):
