@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import re
@@ -10,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from tamegrad import __version__, cli
 from tamegrad.errors import quoted
 from tamegrad.study import command
+from tamegrad.study.network import ByteNetwork
 from tamegrad.study.settings import STRATEGIES
 from tamegrad.study.table import Bars
 
@@ -297,6 +300,40 @@ def test_interrupted_it_keeps_what_was_measured(
     assert "This comparison was interrupted" in (tmp_path / "tamegrad-compare" / "index.html").read_text()
 
 
+def interrupting(presses: int) -> Callable[[ByteNetwork, Tensor], Tensor]:
+    """The loss of the network, but for Ctrl-C being pressed within the fourth one, which is that of step 2."""
+    loss, calls = ByteNetwork.loss, itertools.count(1)
+
+    def interrupted(network: ByteNetwork, batch: Tensor) -> Tensor:
+        for _ in range(presses if next(calls) == 4 else 0):
+            signal.raise_signal(signal.SIGINT)
+        return loss(network, batch)
+
+    return interrupted
+
+
+@pytest.mark.parametrize(("presses", "steps"), [(1, 2), (2, 1)])
+def test_interrupted_within_a_step_it_finishes_the_step_unless_pressed_again(
+    presses: int, steps: int, run: Run, song: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ByteNetwork, "loss", interrupting(presses))
+    code, out, _ = run("compare", "--text", song, "--steps", "3", "--strategy", "ClipL2PerLayer")
+    assert (code, "Partial: interrupted" in out) == (130, True)
+    (trained,) = numbers(Path("tamegrad-compare"))["runs"]
+    assert (trained["ended"], len(trained["train_loss"])) == ("interrupted", steps)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_where_interrupts_are_ignored_it_goes_on(run: Run, song: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ByteNetwork, "loss", interrupting(2))
+    usual = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        code, out, _ = run("compare", "--text", song, "--steps", "3", "--strategy", "ClipL2PerLayer")
+    finally:
+        signal.signal(signal.SIGINT, usual)
+    assert (code, "Partial" in out) == (0, False)
+
+
 @pytest.fixture
 def long_run(song: str, tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
     arguments = ["compare", "--text", song, "--steps", "1000000", "--strategy", "ClipL2PerLayer"]
@@ -321,9 +358,7 @@ def test_a_real_interrupt_keeps_what_was_measured(long_run: "subprocess.Popen[st
     time.sleep(2)
     long_run.send_signal(signal.SIGINT)
     out, err = long_run.communicate(timeout=60)
-    assert long_run.returncode == 130
-    assert "Traceback" not in err
-    assert "Partial: interrupted" in out
+    assert (long_run.returncode, "Traceback" in err, "Partial: interrupted" in out) == (130, False, True), err
     assert numbers(folder)["partial"] is True
     assert (folder / "index.html").is_file()
 

@@ -1,6 +1,8 @@
 """All runs, one strategy after the other, and which strategy to use."""
 
-from collections.abc import Callable, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +36,7 @@ class Comparison:
 def compare(settings: Settings, text: Text, after_step: Callable[[Run], None]) -> Comparison:
     """Trains the same network on the same excerpts from the same seed, once under each strategy.
 
-    Ctrl-C ends the comparison and keeps what was measured.
+    Ctrl-C ends the comparison after the step at hand, pressed twice at once, and keeps what was measured.
 
     Args:
         settings: How to train, and under which strategies.
@@ -50,14 +52,46 @@ def compare(settings: Settings, text: Text, after_step: Callable[[Run], None]) -
     torch.set_num_threads(1)
     partial = False
     try:
-        for strategy in settings.strategies:
-            runs.append(new_run(settings, strategy))
-            train(settings, text, runs[-1], after_step)
+        with _interrupted_between_steps(after_step) as after_step_or_interrupt:
+            for strategy in settings.strategies:
+                runs.append(new_run(settings, strategy))
+                train(settings, text, runs[-1], after_step_or_interrupt)
     except KeyboardInterrupt:
         partial = True
     finally:
         torch.set_num_threads(threads)
     return Comparison(settings, text, tuple(runs), partial)
+
+
+@contextmanager
+def _interrupted_between_steps(after_step: Callable[[Run], None]) -> Iterator[Callable[[Run], None]]:
+    """Makes Ctrl-C raise once the step at hand is done; a second one raises at once.
+
+    Within a step there is code that swallows an interrupt (callbacks, finalizers) and code after which Python ends the
+    process by the signal, whoever handled it (text that is executed, under `python -m`).
+    """
+    usual = signal.getsignal(signal.SIGINT)
+    if usual is not signal.default_int_handler:  # who ignores Ctrl-C, or handles it otherwise, goes on to do so
+        yield after_step
+        return
+
+    pressed = False
+
+    def note(*_: object) -> None:
+        nonlocal pressed
+        pressed = True
+        signal.signal(signal.SIGINT, usual)
+
+    def after_step_or_interrupt(run: Run) -> None:
+        after_step(run)
+        if pressed:
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield after_step_or_interrupt
+    finally:
+        signal.signal(signal.SIGINT, usual)
 
 
 def recommend(runs: Sequence[Run]) -> tuple[str | None, str]:
