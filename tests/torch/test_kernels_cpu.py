@@ -1,19 +1,15 @@
 """The CPU backend where it can go wrong: bounds, threads, memory that is not its own, and a Python without Numba."""
 
 import ctypes
-import logging
 import math
 import mmap
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 import pytest
 import torch
@@ -25,7 +21,6 @@ from tamegrad import Clip, ClipValue, Keep, MissingExtraError, Renormalize
 from tamegrad.torch import GradientNormalizer, normalize_grad_
 from tamegrad.torch.gradients import DTYPES, Collector
 from tamegrad.torch.kernels import choose, cpu, cpu_loops, objects, threads
-from tamegrad.torch.kernels.jit import Entry
 from tamegrad.torch.kernels.layout import find_layout
 
 LENGTHS = (0, 1, 2, 63, 64, 65, 1000, 4095, 4097, cpu.CHUNK - 1, cpu.CHUNK, cpu.CHUNK + 1, 3 * cpu.CHUNK + 7)
@@ -315,26 +310,6 @@ def test_the_second_process_finds_what_the_first_compiled() -> None:
     assert "tamegrad" not in second.stderr
 
 
-def test_compiling_is_said_once_and_what_is_on_the_disk_is_not_compiled(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
-    caplog.set_level(logging.INFO, logger="tamegrad")
-    first, second = (Entry(twice, nogil=True) for _ in range(2))
-    assert [first(3), first(4)] == [6, 8]
-    (said,) = caplog.messages
-    assert re.fullmatch(
-        rf"compiled twice in \d+\.\d s; the next process finds it in {re.escape(str(tmp_path))}.*", said
-    )
-    caplog.clear()
-    assert second(3) == 6
-    assert (first.compilations, second.compilations, caplog.messages) == (1, 0, [])
-
-
-def twice(number: int) -> int:
-    return 2 * number
-
-
 def test_without_numba_it_works_on_and_says_so() -> None:
     done = a_process("import sys; sys.modules['numba'] = None\n" + LOG_OF_A_STEP)
     backend, gradient = done.stdout.strip().split("|")
@@ -434,11 +409,3 @@ def test_collects_the_same_where_the_layout_is_not_known(monkeypatch: pytest.Mon
     unknown: Any = collector.collect().values
     assert all(a is b for a, b in zip(known, unknown, strict=True))
     assert known.memory.table.tolist() == unknown.memory.table.tolist()
-
-
-def test_says_nothing_on_the_log_when_nothing_was_compiled(caplog: pytest.LogCaptureFixture) -> None:
-    normalizer = GradientNormalizer(model_with([torch.ones(2)]), Clip(1.0), backend="cpu")
-    normalizer.normalize_()
-    with caplog.at_level(logging.INFO, logger="tamegrad"):
-        normalizer.normalize_()
-    assert caplog.records == []

@@ -3,10 +3,12 @@
 The only file that knows Numba's decorators, which have no types; everything it gives to others has.
 """
 
+import hashlib
 import logging
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import llvmlite.binding
@@ -17,6 +19,7 @@ from numba.extending import intrinsic
 
 __all__ = [
     "CONVERTS_FLOAT16",
+    "SOURCES",
     "Entry",
     "call",
     "half_to_single",
@@ -35,6 +38,18 @@ __all__ = [
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
 _log = logging.getLogger("tamegrad")
+
+# What compiled code is made of: the functions of this folder, and the constants of `decide`.
+_FOLDER = Path(__file__).parent
+SOURCES = (*sorted(_FOLDER.glob("*.py")), *_FOLDER.parent.glob("decide.py"))
+
+
+def digest(files: Iterable[Path]) -> str:
+    """Returns what tells the contents of some files from others, as letters and digits."""
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
+_version = digest(SOURCES)
 
 
 def inlined(function: FunctionT) -> FunctionT:
@@ -59,6 +74,9 @@ class Entry:
     """
 
     def __init__(self, function: Callable[..., Any], *, nogil: bool) -> None:
+        # Numba takes what is on the disk for new while the function's own file has not changed. But it holds code of
+        # other files too; so what was compiled from other versions of those goes by another name.
+        function.__qualname__ = f"{function.__name__}_{_version}"
         self._dispatcher: Any = numba.njit(nogil=nogil, error_model="numpy")(function)
         self._ready: set[object] = set()
         try:
