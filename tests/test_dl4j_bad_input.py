@@ -149,7 +149,9 @@ def test_a_zip_that_asks_for_what_no_model_needs(tmp_path: Path) -> None:
     assert "damaged (compressed patched data" in refusal(written(tmp_path, with_header(MODEL, 6, b"\x20"))).got
     longer = zip_of("{}", method=zipfile.ZIP_STORED)
     longer = with_header(longer, 18, struct.pack("<II", 10**6, 10**6))
-    assert "damaged (an entry ends too early)" in refusal(written(tmp_path, longer)).got
+    # Newer versions of Python see first that it would reach into what follows it.
+    too_long = "damaged (an entry ends too early)", "damaged (Overlapped entries: "
+    assert any(one in refusal(written(tmp_path, longer)).got for one in too_long)
 
 
 @pytest.mark.parametrize(("offset", "got"), [(2**64 - 1, "damaged"), (2**62, "cannot be read"), (2**40, "damaged")])
