@@ -85,7 +85,16 @@ def _commands() -> "click.Group":
     from tamegrad.dl4j.command import dl4j
     from tamegrad.study.command import compare
 
-    @click.group(help=_HELP, invoke_without_command=True, context_settings={"max_content_width": 100})
+    class Commands(click.Group):
+        def resolve_command(
+            self, ctx: click.Context, args: list[str]
+        ) -> tuple[str | None, click.Command | None, list[str]]:
+            if args[0] not in self.commands:
+                got, allowed = f"unknown command {args[0]!r}", _allowed(args[0], list(self.commands))
+                raise SettingError("tamegrad", got=got, allowed=allowed, advice="tamegrad --help")
+            return super().resolve_command(ctx, args)
+
+    @click.group(cls=Commands, help=_HELP, invoke_without_command=True, context_settings={"max_content_width": 100})
     @click.version_option(__version__, message="tamegrad %(version)s")
     @click.pass_context
     def tamegrad(context: click.Context) -> None:
@@ -108,10 +117,6 @@ def _usage_error(error: "click.UsageError") -> SettingError:
         options = [parameter for parameter in parameters if isinstance(parameter, click.Option)]
         known = [name for option in options for name in option.opts]
         got, allowed = f"unknown option {error.option_name!r}", _allowed(error.option_name, known)
-    elif isinstance(error, click.NoSuchCommand):
-        command = context.command if context is not None else None
-        known = list(command.commands) if isinstance(command, click.Group) else []
-        got, allowed = f"unknown command {error.command_name!r}", _allowed(error.command_name, known)
     elif isinstance(error, click.BadOptionUsage):
         # click does not say of which command.
         where, advice = f"tamegrad {error.option_name}", "tamegrad COMMAND --help"

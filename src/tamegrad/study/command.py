@@ -6,10 +6,11 @@ import platform
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
@@ -21,6 +22,8 @@ from tamegrad.study.text import read_text
 __all__ = ["compare"]
 
 OUT = "tamegrad-compare"
+
+NumberT = TypeVar("NumberT")
 
 _HELP = """Train one network under each strategy and say which to use.
 
@@ -41,23 +44,19 @@ Examples:
 """
 
 
-class _Number(click.ParamType[float]):
-    """A number, or the whole numbers only; refused in the words of all our errors."""
+def _number(
+    read: Callable[[str], NumberT], allowed: str
+) -> Callable[[click.Context, click.Parameter, str | None], NumberT | None]:
+    """Returns what reads the number that was written for an option; refuses others in the words of all our errors."""
 
-    def __init__(self, *, whole: bool) -> None:
-        self.name = "N" if whole else "NUMBER"
-        self._kind: type[int | float] = int if whole else float
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:  # noqa: ANN401  click's own signature
-        """Returns the number that was written."""
-        del ctx
+    def read_option(_: click.Context, option: click.Parameter, written: str | None) -> NumberT | None:
         try:
-            return self._kind(value)
+            return None if written is None else read(written)
         except ValueError:
-            assert param is not None
-            allowed = "a whole number" if self._kind is int else "a number"
             advice = "tamegrad compare --help shows the defaults"
-            raise SettingError(param.opts[0], got=repr(value), allowed=allowed, advice=advice) from None
+            raise SettingError(option.opts[0], got=repr(written), allowed=allowed, advice=advice) from None
+
+    return read_option
 
 
 def _per_name(values: dict[str, float]) -> str:
@@ -87,20 +86,32 @@ def _per_name(values: dict[str, float]) -> str:
 )
 @click.option(
     "--threshold",
-    type=_Number(whole=False),
+    metavar="NUMBER",
+    callback=_number(float, "a number"),
     help=f"The threshold of every strategy that has one.  [default: {_per_name(THRESHOLDS)}]",
 )
-@click.option("--steps", type=_Number(whole=True), default=STEPS, show_default=True, help="Training steps of each run.")
+@click.option(
+    "--steps",
+    type=str,
+    metavar="N",
+    callback=_number(int, "a whole number"),
+    default=STEPS,
+    show_default=True,
+    help="Training steps of each run.",
+)
 @click.option(
     "--seed",
-    type=_Number(whole=True),
+    type=str,
+    metavar="N",
+    callback=_number(int, "a whole number"),
     default=SEED,
     show_default=True,
     help="The same seed gives the same numbers on one machine.",
 )
 @click.option(
     "--lr",
-    type=_Number(whole=False),
+    metavar="NUMBER",
+    callback=_number(float, "a number"),
     help=f"Learning rate of plain SGD, the same for every strategy.  [default: {_per_name(LEARNING_RATES)}]",
 )
 @click.option(
