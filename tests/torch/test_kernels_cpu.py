@@ -3,7 +3,6 @@
 import ctypes
 import math
 import mmap
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -292,14 +291,13 @@ print(normalizer.backend, parameter.grad.tolist(), sep="|")
 """
 
 
-def a_process(code: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+def a_process(code: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
         check=True,
         timeout=240,
-        env={**os.environ, **environment},
     )
 
 

@@ -57,11 +57,11 @@ def test_nothing_is_taken_from_the_disk_that_was_compiled_from_other_sources(
 def test_whatever_compiled_code_is_made_of_counts_as_its_source(name: str) -> None:
     module = importlib.import_module(f"tamegrad.torch.kernels.{name}")
     compiled = [getattr(one, "_dispatcher", one) for one in vars(module).values()]
-    used = {name for one in compiled if isinstance(one, Dispatcher) for name in one.py_func.__code__.co_names}
+    used = {word for one in compiled if isinstance(one, Dispatcher) for word in one.py_func.__code__.co_names}
     assert used
     imports = [one for one in ast.parse(inspect.getsource(module)).body if isinstance(one, ast.ImportFrom)]
-    from_ = {str(one.module) for one in imports if {alias.name for alias in one.names} & used} | {module.__name__}
-    files = {Path(str(sys.modules[name].__file__)) for name in from_ if name.startswith("tamegrad.")}
+    sources = {module.__name__, *(str(one.module) for one in imports if {alias.name for alias in one.names} & used)}
+    files = {Path(str(sys.modules[source].__file__)) for source in sources if source.startswith("tamegrad.")}
     assert files <= set(jit.SOURCES)
 
 

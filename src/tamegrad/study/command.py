@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
@@ -44,7 +45,7 @@ Examples:
 """
 
 
-def _number(
+def _reader(
     read: Callable[[str], NumberT], allowed: str
 ) -> Callable[[click.Context, click.Parameter, str | None], NumberT | None]:
     """Returns what reads the number that was written for an option; refuses others in the words of all our errors."""
@@ -57,6 +58,13 @@ def _number(
             raise SettingError(option.opts[0], got=repr(written), allowed=allowed, advice=advice) from None
 
     return read_option
+
+
+_number_option = partial(click.option, metavar="NUMBER", callback=_reader(float, "a number"))
+# As text, because click reads what has a default by itself, and refuses it in other words.
+_whole_number_option = partial(
+    click.option, type=str, metavar="N", callback=_reader(int, "a whole number"), show_default=True
+)
 
 
 def _per_name(values: dict[str, float]) -> str:
@@ -84,34 +92,14 @@ def _per_name(values: dict[str, float]) -> str:
     multiple=True,
     help=f"Train under this one only; can be repeated. One of {', '.join(STRATEGIES)}.  [default: all]",
 )
-@click.option(
+@_number_option(
     "--threshold",
-    metavar="NUMBER",
-    callback=_number(float, "a number"),
     help=f"The threshold of every strategy that has one.  [default: {_per_name(THRESHOLDS)}]",
 )
-@click.option(
-    "--steps",
-    type=str,
-    metavar="N",
-    callback=_number(int, "a whole number"),
-    default=STEPS,
-    show_default=True,
-    help="Training steps of each run.",
-)
-@click.option(
-    "--seed",
-    type=str,
-    metavar="N",
-    callback=_number(int, "a whole number"),
-    default=SEED,
-    show_default=True,
-    help="The same seed gives the same numbers on one machine.",
-)
-@click.option(
+@_whole_number_option("--steps", default=STEPS, help="Training steps of each run.")
+@_whole_number_option("--seed", default=SEED, help="The same seed gives the same numbers on one machine.")
+@_number_option(
     "--lr",
-    metavar="NUMBER",
-    callback=_number(float, "a number"),
     help=f"Learning rate of plain SGD, the same for every strategy.  [default: {_per_name(LEARNING_RATES)}]",
 )
 @click.option(

@@ -293,7 +293,7 @@ def _limited(real, imaginary, limit, AS_PAIRS: tl.constexpr):
         magnitude = _magnitude(real, imaginary, AS_PAIRS)
         over = magnitude > limit
         # A magnitude may be past what a float64 holds; that of a half never is.
-        factor = tl.where(magnitude == float("inf"), 0.5, 1.0)
+        factor = tl.where(magnitude == INFINITY, 0.5, 1.0)
         divisor = tl.where(over, _magnitude(real * factor, imaginary * factor, AS_PAIRS), 1.0)
         real = tl.where(over, real * factor / divisor * limit, real)
         imaginary = tl.where(over, imaginary * factor / divisor * limit, imaginary)

@@ -22,6 +22,7 @@ __all__ = [
     "SOURCES",
     "Entry",
     "call",
+    "digest",
     "half_to_single",
     "in_parallel",
     "inlined",
