@@ -1,7 +1,7 @@
-"""Gives the same hostile gradients to torch, optax, Keras and tamegrad, and says what became of them.
+"""Gives the same hostile gradients to torch, optax, Keras and tamegrad, and judges each outcome.
 
-Run `python benchmarks/hostile.py`; with `--write FILE` it writes the page of the documentation. torch must be there;
-optax and Keras are left out, and the output says so, where they are not installed.
+Run `python benchmarks/hostile.py`; with `--write FILE` it also writes the documentation page. torch is required; if
+optax or Keras is not installed, its columns are left out, and the output says so.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from hostile_judge import MEANINGS, ROUNDINGS, Tool, Verdict, Word, outcome
 
 __all__ = ["Column", "columns", "judge_all", "main", "page", "table"]
 
-# The file of a framework's tools, what must be there for it, and how to install that.
+# For each framework: the module and name of its tools, the packages it needs, and how to install them.
 _FRAMEWORKS = (
     ("hostile_torch", "TORCH", ("torch",), "pip install torch"),
     ("hostile_optax", "OPTAX", ("optax", "jax"), "pip install optax jax"),
@@ -34,7 +34,7 @@ _FRAMEWORKS = (
 
 @dataclass(frozen=True)
 class Column:
-    """One tool and what became of every input under it, in the order of `INPUTS`."""
+    """One tool and its verdict on every input, in the order of `INPUTS`."""
 
     tool: Tool
     verdicts: tuple[Verdict, ...]
@@ -44,7 +44,7 @@ def columns() -> tuple[list[Tool], list[str], list[str]]:
     """Finds the tools that are installed.
 
     Returns:
-        The tools, what they are and their versions, and a line for each framework that is left out.
+        The tools, the names and versions of their frameworks, and a line for each framework that is left out.
     """
     tools: list[Tool] = []
     versions: list[str] = []
@@ -67,7 +67,7 @@ def judge_all(tools: Sequence[Tool], inputs: Sequence[Input] = INPUTS) -> list[C
         inputs: The inputs.
 
     Returns:
-        One column a tool.
+        One column per tool.
     """
     with _reproducibly():
         return [Column(tool, tuple(outcome(tool, row) for row in inputs)) for tool in tools]
@@ -75,7 +75,7 @@ def judge_all(tools: Sequence[Tool], inputs: Sequence[Input] = INPUTS) -> list[C
 
 @contextmanager
 def _reproducibly() -> Iterator[None]:
-    """One thread, for the order of a sum is part of what is measured; and no warnings, which are no outcome."""
+    """Uses one thread, because the order of a sum affects the outcome, and hides warnings, which are not an outcome."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -87,14 +87,14 @@ def _reproducibly() -> Iterator[None]:
 
 
 def table(judged: Sequence[Column], inputs: Sequence[Input] = INPUTS) -> str:
-    """Lays the verdicts out.
+    """Returns the verdicts as a table.
 
     Args:
         judged: The columns.
         inputs: The inputs they were given.
 
     Returns:
-        A Markdown table, one row an input.
+        A Markdown table, one row per input.
     """
     rows = [
         ["input", *(column.tool.name for column in judged)],
@@ -105,12 +105,12 @@ def table(judged: Sequence[Column], inputs: Sequence[Input] = INPUTS) -> str:
 
 
 def page(judged: Sequence[Column], versions: Sequence[str], left_out: Sequence[str]) -> str:
-    """Writes the page of the documentation.
+    """Returns the documentation page.
 
     Args:
         judged: The columns.
-        versions: What was compared.
-        left_out: What was not, one line each.
+        versions: The names and versions of the frameworks.
+        left_out: The frameworks that are left out, one line each.
 
     Returns:
         Markdown.
@@ -135,46 +135,46 @@ def _platform() -> str:
 _PAGE = """\
 # Hostile gradients
 
-What becomes of gradients that real training produces and that clipping gets wrong: norms that overflow or underflow,
-one NaN, a gradient that is sparse, shared or missing. The same gradients were given to every tool, on the CPU.
+How tools clip gradients that real training produces and that clipping often gets wrong: norms that overflow or
+underflow, one NaN, a gradient that is sparse, shared or missing. Every tool got the same gradients, on the CPU.
 
 Made by `python benchmarks/hostile.py --write docs/hostile-gradients.md` on {made}.
 {left_out}
 {table}
 
-The last two rows are no thresholds; the right outcome there is to raise.
+The thresholds of the last two rows are invalid; the right outcome there is an error.
 
 ## What the words mean
 
-Each is computed from the gradients before and after, in float64, by the same few lines for every tool.
+Each verdict is computed from the gradients before and after, in float64, by the same code for every tool.
 
 {words}
 
-If several hold, the worst is shown. Small percentages differ between machines.
+If several apply, the worst is shown. Small percentages differ between machines.
 
 ## How the tools were called
 
-- The inputs below the first two were chosen because they are hard; with ordinary gradients every tool is right.
+- All inputs but the first two were chosen because they are hard; with ordinary gradients every tool is right.
 - Each tool is called as its documentation says, with its defaults, and judged by its own kind of group: the model, a
-  layer, a variable (Keras `clipnorm`) or each value. optax runs under `jax.jit`, with `jax.enable_x64` where there is
-  float64; Keras runs SGD from zero with a learning rate of 1, with `floatx` set to float64 where there is float64.
-- {roundings} spacings of the dtype are allowed, which is 3% in bfloat16: rounding on the way is no fault.
-- A gradient that two parameters share may count once or twice, for frameworks differ in whether it is one.
-- Renormalizing is not in the table, for only tamegrad has it.
+  layer, a variable (Keras `clipnorm`) or each value. optax runs under `jax.jit`, with `jax.enable_x64` for
+  float64 gradients; Keras runs SGD from zero with a learning rate of 1, with `floatx` set to float64 for them.
+- Errors of up to {roundings} spacings of the dtype, 3% in bfloat16, count as right: they are rounding.
+- A gradient that two parameters share may count once or twice, because frameworks differ in whether it is one tensor.
+- Renormalization is not in the table, because only tamegrad has it.
 
 ## Where tamegrad is not right
 
 {awkward}
 
-Under its default `on_nonfinite="keep"` tamegrad leaves a group that holds NaN or infinity exactly as it is, and its
-report says so. Under `Clip(per="model")` that group is the whole model, so nothing is clipped in such a step; under
-`ClipValue` it is the layer, so the layer's other values are not cut either, where the other tools cut them and make
-the threshold of an infinity. `on_nonfinite="zero"`, `"skip"` or `"raise"` do something about such a group.
+Under its default `on_nonfinite="keep"` tamegrad leaves a group that holds NaN or infinity unchanged and reports it.
+Under `Clip(per="model")` that group is the whole model, so nothing is clipped in such a step; under `ClipValue` it is
+the layer, so its other values are not clipped either, while the other tools clip them and turn an infinity into the
+threshold. `on_nonfinite="zero"`, `"skip"` or `"raise"` handles such a group.
 """
 
 
 def _not_right(judged: Sequence[Column]) -> str:
-    """Lists where tamegrad left gradients other than right, or refused what it should do."""
+    """Lists the inputs where tamegrad's outcome is not the right one."""
     lines = [
         f"- {column.tool.name}, {row.name}: {verdict}."
         for column in judged
@@ -189,13 +189,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the table, or writes the page.
 
     Args:
-        arguments: The command line; None for that of the process.
+        arguments: The command-line arguments; None for those of the process.
 
     Returns:
         The exit code.
     """
     parser = argparse.ArgumentParser(description="Give the same hostile gradients to torch, optax, Keras and tamegrad.")
-    parser.add_argument("--write", metavar="FILE", type=Path, help="also write the page of the documentation")
+    parser.add_argument("--write", metavar="FILE", type=Path, help="also write the documentation page")
     options = parser.parse_args(arguments)
     tools, versions, left_out = columns()
     print("\n".join([*versions, _platform(), *left_out]), end="\n\n")

@@ -1,4 +1,4 @@
-"""The hostile inputs: gradients that real training produces, and that clipping gets wrong."""
+"""The hostile inputs: gradients that real training produces and that clipping often gets wrong."""
 
 import math
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from torch import Tensor
 
 __all__ = ["INPUTS", "Gradients", "Input"]
 
-# From a layer's name to its parameters to their gradients; None where there is none.
+# Layer name to parameter name to gradient; None if there is no gradient.
 Gradients: TypeAlias = dict[str, dict[str, Tensor | None]]
 
 
@@ -20,9 +20,9 @@ class Input:
 
     Args:
         name: What is hostile about it.
-        threshold: What every tool is given as its threshold.
-        make: Makes the gradients, the same at every call.
-        needs: What a tool must know for this input to be one: `"sparse"` gradients, `"views"` of other tensors, or a
+        threshold: The threshold of every tool.
+        make: Makes the gradients, the same in every call.
+        needs: What a framework must have for this input: `"sparse"` gradients, `"views"` of other tensors, or a
             gradient that two parameters share `"in place"`.
     """
 
@@ -33,14 +33,14 @@ class Input:
 
 
 def _pattern(*shape: int, size: float, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Returns values of mixed signs whose magnitudes lie between a half of `size` and `size`."""
+    """Returns values of mixed signs whose magnitudes are between half of `size` and `size`."""
     factors = torch.tensor([1.0, -0.5, 0.75, -0.875], dtype=torch.float64)
     count = math.prod(shape)
     return (factors.repeat(-(-count // 4))[:count] * size).to(dtype).reshape(shape)
 
 
 def _layers(size: float, dtype: torch.dtype = torch.float32) -> Callable[[], Gradients]:
-    """Two layers of one size."""
+    """Two layers with values of the same magnitude."""
     return lambda: {
         "first": {"weight": _pattern(4, 3, size=size, dtype=dtype), "bias": _pattern(4, size=size, dtype=dtype)},
         "second": {"weight": _pattern(2, 4, size=size, dtype=dtype), "bias": _pattern(2, size=size, dtype=dtype)},
@@ -48,7 +48,7 @@ def _layers(size: float, dtype: torch.dtype = torch.float32) -> Callable[[], Gra
 
 
 def _one(make: Callable[[], Tensor | None]) -> Callable[[], Gradients]:
-    """One layer of one parameter."""
+    """One layer with one parameter."""
     return lambda: {"only": {"weight": make()}}
 
 
@@ -73,7 +73,7 @@ def _many() -> Gradients:
 
 
 def _sparse() -> Gradients:
-    rows = torch.tensor([[1, 7, 1]])  # not coalesced: row 1 comes twice
+    rows = torch.tensor([[1, 7, 1]])  # not coalesced: row 1 appears twice
     values = torch.tensor([[3.0, -4.0], [6.0, 8.0], [1.0, 1.0]])
     embedding = torch.sparse_coo_tensor(rows, values, (10, 2), check_invariants=True)
     return {"embedding": {"weight": embedding}, "out": {"weight": torch.tensor([[30.0, -40.0]])}}

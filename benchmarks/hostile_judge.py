@@ -1,6 +1,6 @@
-"""Says in one word what became of gradients, from the numbers before and after alone.
+"""Judges in one word what a tool did to gradients, from their values before and after alone.
 
-The oracle is NumPy float64 (a norm as `m·2^e`, so that nothing overflows on the way) and knows no tool.
+The oracle is NumPy float64 (norms as `m·2^e`, so that nothing overflows) and independent of the tools.
 """
 
 import math
@@ -18,18 +18,18 @@ from torch import Tensor
 __all__ = ["MEANINGS", "ROUNDINGS", "Per", "Tool", "Verdict", "Word", "judge", "outcome"]
 
 Array: TypeAlias = NDArray[Any]
-# What shares one norm; under "value" every value is on its own.
+# The group that shares one norm; under "value" each value counts on its own.
 Per: TypeAlias = Literal["model", "layer", "tensor", "value"]
 
-# A value counts as right within so many spacings of its dtype: a norm, a factor and a product are rounded on the way.
+# A value is right within this many spacings of its dtype: the norm, the scale and the product are each rounded.
 ROUNDINGS = 4
 
-# What the tools were seen to raise, or subclasses of it; anything else is an error of this benchmark.
+# The errors that the tools are known to raise; any other error is a bug of this benchmark.
 RAISED = (RuntimeError, ValueError)
 
 
 class Word(StrEnum):
-    """What became of gradients, from the best to the worst."""
+    """What a tool did to gradients, from best to worst."""
 
     RIGHT = "right"
     UNTOUCHED = "untouched"
@@ -46,18 +46,18 @@ class Word(StrEnum):
 
 MEANINGS = {
     Word.RIGHT: "over the threshold: the norm is the threshold and the direction is kept, "
-    f"every value to {ROUNDINGS} spacings of its dtype; under it or at it: every value is what it was; "
-    "a layer that holds NaN or infinity has no right norm, its finite values are to stay what they were",
-    Word.UNTOUCHED: "left alone although over the threshold, or although the threshold makes no sense",
-    Word.CHANGED: "changed although not over the threshold, in brackets by how much; "
+    f"every value to {ROUNDINGS} spacings of its dtype; at or under it: every value is unchanged; "
+    "a layer that holds NaN or infinity has no right norm, so its finite values must stay unchanged",
+    Word.UNTOUCHED: "unchanged although over the threshold, or although the threshold is invalid",
+    Word.CHANGED: "changed although not over the threshold, with the change of the norm in brackets; "
     "or finite values of a layer that holds NaN or infinity were changed",
-    Word.WRONG_NORM: "the direction is kept, and the norm is off by what stands in brackets",
-    Word.WRONG_DIRECTION: "the values are no multiple of what they should be",
-    Word.ZEROED: "every value became 0, or every finite one of a layer that holds NaN or infinity",
+    Word.WRONG_NORM: "the direction is kept, but the norm is off by the percentage in brackets",
+    Word.WRONG_DIRECTION: "the values are not a multiple of the right ones",
+    Word.ZEROED: "every value became 0, or every finite value of a layer that holds NaN or infinity did",
     Word.INF: "finite values became infinite",
     Word.NAN: "finite values became NaN",
-    Word.NEIGHBOUR: "a layer with NaN or infinity changed a layer without; in brackets what became of that one",
-    Word.RAISED: "the tool refused, with the error in brackets; no gradient was changed, unless the brackets say so",
+    Word.NEIGHBOUR: "NaN or infinity in one layer changed another layer, with the outcome for that layer in brackets",
+    Word.RAISED: "the tool raised the error in brackets; no gradient was changed, unless the brackets say so",
     Word.NOT_APPLICABLE: "the framework has no such gradient",
 }
 _SEVERITY = list(Word)
@@ -80,9 +80,9 @@ class Tool:
 
     Args:
         name: The heading.
-        per: What shares one norm.
-        clip: Takes gradients and a threshold and returns the gradients afterwards; may change what it is given.
-        lacks: The `needs` of inputs that its framework does not have.
+        per: The group that shares one norm.
+        clip: Takes gradients and a threshold and returns the clipped gradients; may change its input.
+        lacks: The `needs` that its framework does not have.
     """
 
     name: str
@@ -92,14 +92,14 @@ class Tool:
 
 
 def outcome(tool: Tool, row: Input) -> Verdict:
-    """Gives one input to one tool.
+    """Gives one input to one tool and judges the outcome.
 
     Args:
         tool: The tool.
         row: The input.
 
     Returns:
-        What became of the gradients.
+        The verdict.
     """
     if row.needs in tool.lacks:
         return Verdict(Word.NOT_APPLICABLE)
@@ -108,21 +108,21 @@ def outcome(tool: Tool, row: Input) -> Verdict:
         after = tool.clip(gradients, row.threshold)
     except RAISED as error:
         same = all(_same(old.wide, new.wide) for old, new in zip(_pieces(row.make()), _pieces(gradients), strict=True))
-        return Verdict(Word.RAISED, type(error).__name__ + ("" if same else ", some were changed before"))
+        return Verdict(Word.RAISED, type(error).__name__ + ("" if same else ", some already changed"))
     return judge(tool.per, row.threshold, row.make(), after)
 
 
 def judge(per: Per, threshold: float, before: Gradients, after: Gradients) -> Verdict:
-    """Judges gradients by what they were.
+    """Judges clipped gradients against the gradients before clipping.
 
     Args:
-        per: What shares one norm.
-        threshold: The threshold that the tool was given; for one that is not above 0 nothing is right but to raise.
-        before: The gradients before.
-        after: The gradients of the same parameters after.
+        per: The group that shares one norm.
+        threshold: The threshold of the tool; if it is not above 0, only raising is right.
+        before: The gradients before clipping.
+        after: The gradients of the same parameters after clipping.
 
     Returns:
-        The worst of what became of them.
+        The worst verdict of all groups.
     """
     old = _pieces(before)
     new = {(piece.layer, piece.name): piece.wide for piece in _pieces(after)}
@@ -144,7 +144,7 @@ def _worst(verdicts: Iterable[Verdict]) -> Verdict:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """One gradient in float64 or complex128; `identity` tells one tensor from another."""
+    """One gradient in float64 or complex128; `identity` is the same for a tensor that is shared."""
 
     layer: str
     name: str
@@ -172,13 +172,13 @@ def _pieces(gradients: Gradients) -> list[_Piece]:
 def _piece(layer: str, name: str, gradient: Tensor) -> _Piece:
     dense = gradient.detach().to_dense() if gradient.is_sparse else gradient.detach()
     finfo = torch.finfo(gradient.dtype)
-    # A copy, for a tool may change the tensor afterwards.
+    # A copy, because a tool may change the tensor later.
     wide = dense.to(torch.complex128 if dense.is_complex() else torch.float64, copy=True).numpy()
     return _Piece(layer, name, id(gradient), wide, finfo.eps, finfo.smallest_normal * finfo.eps)
 
 
 def _judge_values(pair: _Pair, threshold: float) -> Verdict:
-    """Judges the values of one parameter that were finite, each on its own: `sign(g)·min(t, |g|)`."""
+    """Judges the finite values of one parameter, each on its own: `sign(g)·min(t, |g|)`."""
     finite = np.isfinite(pair.old.wide)
     old = pair.old.wide[finite]
     magnitudes = np.abs(old)
@@ -200,7 +200,7 @@ def _judge_group(group: Sequence[_Pair], threshold: float) -> Verdict:
 
 
 def _judge_finite(group: Sequence[_Pair], threshold: float) -> Verdict:
-    # A tensor that two parameters share counts once where it is one place in memory, twice where each has its own.
+    # A tensor that two parameters share counts once if it is one tensor in memory, twice if each has a copy.
     once = list({pair.old.identity: pair.old.wide for pair in group}.values())
     expected = _clipped(group, _norm(once), threshold)
     if _is_right(group, expected):
@@ -213,7 +213,7 @@ def _judge_finite(group: Sequence[_Pair], threshold: float) -> Verdict:
 
 
 def _harm(bad: Sequence[_Pair]) -> Verdict:
-    """Judges layers that hold NaN or infinity: no norm is right, but their finite values should not suffer."""
+    """Judges layers that hold NaN or infinity: no norm is right, but their finite values must stay unchanged."""
     olds = _flat(pair.old.wide for pair in bad)
     news = _flat(pair.new for pair in bad)[np.isfinite(olds)]
     olds = olds[np.isfinite(olds)]
@@ -286,7 +286,7 @@ def _flat(arrays: Iterable[Array]) -> Array:
 
 
 def _real(array: Array) -> Array:
-    """A complex value counts as two real ones."""
+    """Returns a complex array as real values, two for each complex one."""
     return np.atleast_1d(np.ascontiguousarray(array)).view(np.float64)
 
 

@@ -1,4 +1,4 @@
-"""The clipping of Keras's optimizers, given the same gradients, on Keras's PyTorch backend."""
+"""The clipping of Keras's optimizers, on the same gradients, with Keras's PyTorch backend."""
 
 import os
 from functools import partial
@@ -9,19 +9,19 @@ from hostile_judge import Tool
 
 # Read by Keras when it is imported; the gradients here are PyTorch's.
 os.environ["KERAS_BACKEND"] = "torch"
-import keras  # not where types are checked
+import keras  # not installed where types are checked
 
 __all__ = ["KERAS", "versions"]
 
 
 def versions() -> str:
-    """Returns what is compared."""
+    """Returns the version of Keras."""
     return f"keras {keras.__version__} ({keras.backend.backend()} backend)"
 
 
 def _step(argument: str, gradients: Gradients, threshold: float) -> Gradients:
     """Steps from zero by a learning rate of 1, so that the variables become the negative of the clipped gradients."""
-    # Keras computes thresholds in `floatx`; who has float64 gradients has set it so.
+    # Keras computes thresholds in `floatx`; users with float64 gradients set it to float64.
     wide = any(g is not None and g.dtype == torch.float64 for named in gradients.values() for g in named.values())
     keras.config.set_floatx("float64" if wide else "float32")
     places = [(layer, name) for layer, named in gradients.items() for name in named]
@@ -37,7 +37,7 @@ def _step(argument: str, gradients: Gradients, threshold: float) -> Gradients:
     return after
 
 
-# Keras has sparse gradients on its TensorFlow and JAX backends only.
+# Keras has sparse gradients only on its TensorFlow and JAX backends.
 _LACKS = frozenset({"sparse"})
 KERAS = (
     Tool("Keras `global_clipnorm`", "model", partial(_step, "global_clipnorm"), _LACKS),

@@ -1,9 +1,9 @@
-"""optax's clipping, given the same gradients, under `jax.jit` as its users run it."""
+"""optax's clipping, on the same gradients, under `jax.jit` as users run it."""
 
-import jax  # not where types are checked
-import jax.numpy as jnp  # not where types are checked
+import jax  # not installed where types are checked
+import jax.numpy as jnp  # not installed where types are checked
 import numpy as np
-import optax  # not where types are checked
+import optax  # not installed where types are checked
 import torch
 from hostile_inputs import Gradients
 from hostile_judge import Tool
@@ -11,19 +11,19 @@ from torch import Tensor
 
 __all__ = ["OPTAX", "versions"]
 
-# JAX has no sparse gradients in optax, and its arrays neither have strides nor change in place.
+# optax has no sparse gradients, and JAX arrays have no strides and do not change in place.
 _LACKS = frozenset({"sparse", "views", "in place"})
 _WIDE = (torch.float64, torch.complex128)
 
 
 def versions() -> str:
-    """Returns what is compared."""
+    """Returns the versions of optax and JAX."""
     return f"optax {optax.__version__}, jax {jax.__version__}"
 
 
 def _update(transformation: optax.GradientTransformation, gradients: Gradients) -> Gradients:
     tensors = [gradient for named in gradients.values() for gradient in named.values() if gradient is not None]
-    # JAX makes float32 of float64 unless it is told not to; it is told where there is any.
+    # By default JAX converts float64 to float32; this turns that off if there is any float64.
     with jax.enable_x64(any(tensor.dtype in _WIDE for tensor in tensors)):
         tree = {layer: {name: _to_jax(g) for name, g in named.items()} for layer, named in gradients.items()}
         updates, _ = jax.jit(transformation.update)(tree, transformation.init(tree))

@@ -1,4 +1,4 @@
-"""PyTorch's own clipping, and tamegrad's, given the same gradients."""
+"""PyTorch's own clipping, and tamegrad's, on the same gradients."""
 
 from collections.abc import Callable
 
@@ -16,7 +16,7 @@ __all__ = ["TAMEGRAD", "TORCH", "versions"]
 
 
 def versions() -> str:
-    """Returns what is compared, as a reader would install it."""
+    """Returns the versions of torch and tamegrad."""
     return f"torch {torch.__version__}, tamegrad {tamegrad.__version__}"
 
 

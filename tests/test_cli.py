@@ -57,14 +57,14 @@ def timeless(document: dict[str, Any]) -> object:
     return {**document, "runs": runs, "environment": None}
 
 
-# What it offers
+# Options and help
 
 
-def test_the_options_are_these() -> None:
+def test_the_options() -> None:
     assert [option for parameter in command.compare.params for option in parameter.opts] == OPTIONS
 
 
-def test_the_commands_are_these() -> None:
+def test_the_commands() -> None:
     assert list(cli._commands().commands) == ["compare", "dl4j"]
 
 
@@ -76,7 +76,7 @@ def test_help_names_the_commands(run: Run, arguments: tuple[str, ...]) -> None:
     assert "Examples:" in out
 
 
-def test_help_of_compare_names_everything_and_its_default(run: Run) -> None:
+def test_help_of_compare_names_all_options_strategies_and_defaults(run: Run) -> None:
     code, out, _ = run("compare", "--help")
     assert code == 0
     words = " ".join(out.split())
@@ -101,10 +101,10 @@ def test_help_loads_no_framework() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
-# What it does
+# Comparisons
 
 
-def test_compares_and_says_where(run: Run, song: str, tmp_path: Path) -> None:
+def test_compares_and_names_the_output(run: Run, song: str, tmp_path: Path) -> None:
     code, out, err = run("compare", "--text", song, "--steps", "2", "--seed", "3", "--out", "here/there")
     assert code == 0
     assert "Page:    here/there/index.html" in out
@@ -120,7 +120,7 @@ def test_compares_and_says_where(run: Run, song: str, tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "here" / "there").iterdir()) == ["index.html", "results.json"]
 
 
-def test_trains_what_was_asked_for(run: Run, song: str, tmp_path: Path) -> None:
+def test_the_options_choose_what_is_trained(run: Run, song: str, tmp_path: Path) -> None:
     given = ("--strategy", "torch-global", "--strategy", "None", "--network", "lstm", "--threshold", "0.1", "--lr", "1")
     code, _, _ = run("compare", "--text", song, "--steps", "1", *given)
     assert code == 0
@@ -129,7 +129,7 @@ def test_trains_what_was_asked_for(run: Run, song: str, tmp_path: Path) -> None:
     assert (document["settings"]["network"], document["settings"]["lr"]) == ("lstm", 1.0)
 
 
-def test_the_same_seed_gives_the_same_numbers_and_another_others(run: Run, song: str, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(run: Run, song: str, tmp_path: Path) -> None:
     for seed, out in (("1", "a"), ("1", "b"), ("2", "c")):
         run("compare", "--text", song, "--steps", "2", "--strategy", "ClipL2PerLayer", "--seed", seed, "--out", out)
     first, again, other = (timeless(numbers(tmp_path / out)) for out in "abc")
@@ -137,7 +137,7 @@ def test_the_same_seed_gives_the_same_numbers_and_another_others(run: Run, song:
     assert first != other
 
 
-def test_what_is_there_already_is_left_alone(run: Run, song: str, tmp_path: Path) -> None:
+def test_existing_files_and_folders_are_left_alone(run: Run, song: str, tmp_path: Path) -> None:
     (tmp_path / "study").write_text("a file of that name")
     (tmp_path / "study-2").mkdir()
     given = ("compare", "--text", song, "--steps", "1", "--strategy", "None", "--out", "study")
@@ -147,7 +147,7 @@ def test_what_is_there_already_is_left_alone(run: Run, song: str, tmp_path: Path
     assert list((tmp_path / "study-2").iterdir()) == []
 
 
-def test_beside_a_folder_that_is_named_by_a_dot_is_beside_the_folder(
+def test_a_dot_as_output_folder_means_beside_the_current_folder(
     run: Run, song: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "inside").mkdir()
@@ -156,7 +156,7 @@ def test_beside_a_folder_that_is_named_by_a_dot_is_beside_the_folder(
     assert (tmp_path / "inside-2" / "results.json").is_file()
 
 
-# What it refuses
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -164,13 +164,13 @@ def test_beside_a_folder_that_is_named_by_a_dot_is_beside_the_folder(
     [
         (
             ("--text", "missing.txt"),
-            "--text missing.txt: got a path where nothing is; allowed: a text file or a folder",
+            "--text missing.txt: got a path that does not exist; allowed: a text file or a folder",
         ),
         (("--text", "empty.txt"), "--text empty.txt: got an empty file; allowed: at least 10,000 bytes of text"),
         (("--text", "short.txt"), "--text short.txt: got 5 bytes; allowed: at least 10,000 bytes of text"),
         (("--text", "binary"), "--text binary: got a binary file; allowed: text: UTF-8 without NUL"),
         (("--text", "folder"), "--text folder: got a folder without any text; allowed: a folder with text files"),
-        (("--text",), "tamegrad --text: got option '--text' requires an argument; allowed: what its help lists"),
+        (("--text",), "tamegrad --text: got option '--text' requires an argument; allowed: the usage in its help"),
         (
             ("--strategy", "ClipL2PerLayr"),
             f"--strategy: got 'ClipL2PerLayr'; allowed: {quoted(STRATEGIES)}; closest: 'ClipL2PerLayer'; next: leave",
@@ -179,9 +179,9 @@ def test_beside_a_folder_that_is_named_by_a_dot_is_beside_the_folder(
         (("--threshold", "0"), "--threshold: got 0.0; allowed: a number above 0, or inf to measure only; next: "),
         (("--threshold", "-1"), "--threshold: got -1.0; allowed: a number above 0"),
         (("--threshold", "nan"), "--threshold: got nan; allowed: a number above 0"),
-        (("--threshold", "much"), "--threshold: got 'much'; allowed: a number; next: tamegrad compare --help shows"),
-        (("--steps", "0"), "--steps: got 0; allowed: a whole number from 1; next: leave it out for 300"),
-        (("--steps", "-3"), "--steps: got -3; allowed: a whole number from 1"),
+        (("--threshold", "much"), "--threshold: got 'much'; allowed: a number; next: run tamegrad compare --help"),
+        (("--steps", "0"), "--steps: got 0; allowed: a whole number of at least 1; next: leave it out for 300"),
+        (("--steps", "-3"), "--steps: got -3; allowed: a whole number of at least 1"),
         (("--steps", "1.5"), "--steps: got '1.5'; allowed: a whole number; next: "),
         (("--seed", "-1"), "--seed: got -1; allowed: a whole number from 0 to 2**63 - 1"),
         (("--lr", "0"), "--lr: got 0.0; allowed: a finite number above 0; next: leave it out for 0.25"),
@@ -190,13 +190,16 @@ def test_beside_a_folder_that_is_named_by_a_dot_is_beside_the_folder(
         (("--out", "/"), "--out: got '/'; allowed: the path of a folder"),
         (
             ("--out", "short.txt/below"),
-            "--out short.txt/below: got a place that cannot be written to (Not a directory)",
+            "--out short.txt/below: got a path that cannot be written to (Not a directory)",
         ),
         (
             ("--treshold", "1"),
             f"tamegrad compare: got unknown option '--treshold'; allowed: {', '.join(OPTIONS)}, --help; closest: '--t",
         ),
-        (("corpus.txt",), "tamegrad compare: got unexpected extra argument (corpus.txt); allowed: what its help"),
+        (
+            ("corpus.txt",),
+            "tamegrad compare: got unexpected extra argument (corpus.txt); allowed: the usage in its help",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(
@@ -222,7 +225,7 @@ def test_an_unknown_command_names_the_closest(run: Run) -> None:
     )
 
 
-def test_an_unwritable_place_is_refused_before_training(run: Run, song: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unwritable_folder_is_refused_before_training(run: Run, song: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
@@ -230,12 +233,12 @@ def test_an_unwritable_place_is_refused_before_training(run: Run, song: str, mon
     code, _, err = run("compare", "--text", song)
     assert code == 2
     assert err == (
-        "tamegrad: --out tamegrad-compare: got a place that cannot be written to (Permission denied); "
-        "allowed: a folder that can be made and written to; next: pass --out with another place\n"
+        "tamegrad: --out tamegrad-compare: got a path that cannot be written to (Permission denied); "
+        "allowed: a folder that can be made and written to; next: pass another folder to --out\n"
     )
 
 
-def test_a_disk_that_is_full_at_the_end_is_one_line(run: Run, song: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_at_the_end_is_one_line(run: Run, song: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -262,13 +265,13 @@ def test_a_missing_extra_is_named(module: str, tmp_path: Path) -> None:
     )
     extra = "torch" if module == "torch" else "study"
     assert done.stderr == (
-        f"tamegrad: got a Python without {module}; allowed: one with the extra '{extra}'; "
+        f"tamegrad: got a Python environment without {module}; allowed: one with the extra '{extra}'; "
         "next: pip install 'tamegrad[torch,study]'\n"
     )
     assert (done.returncode, done.stdout, list(tmp_path.iterdir())) == (2, "", [])
 
 
-def test_a_module_that_is_no_extra_is_no_message_but_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_module_that_no_extra_installs_is_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(_: list[str]) -> int:
         raise ModuleNotFoundError(name="tamegrad.nothing")
 
@@ -280,7 +283,7 @@ def test_a_module_that_is_no_extra_is_no_message_but_a_bug(monkeypatch: pytest.M
 # Ctrl-C
 
 
-def test_interrupted_it_keeps_what_was_measured(
+def test_an_interrupt_keeps_the_results_so_far(
     run: Run, song: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(_: Bars, record: Any) -> None:
@@ -301,7 +304,7 @@ def test_interrupted_it_keeps_what_was_measured(
 
 
 def interrupting(presses: int) -> Callable[[ByteNetwork, Tensor], Tensor]:
-    """The loss of the network, but for Ctrl-C being pressed within the fourth one, which is that of step 2."""
+    """The network's loss, with Ctrl-C pressed during the fourth call, which is in step 2."""
     loss, calls = ByteNetwork.loss, itertools.count(1)
 
     def interrupted(network: ByteNetwork, batch: Tensor) -> Tensor:
@@ -313,7 +316,7 @@ def interrupting(presses: int) -> Callable[[ByteNetwork, Tensor], Tensor]:
 
 
 @pytest.mark.parametrize(("presses", "steps"), [(1, 2), (2, 1)])
-def test_interrupted_within_a_step_it_finishes_the_step_unless_pressed_again(
+def test_an_interrupt_within_a_step_waits_for_its_end_unless_pressed_again(
     presses: int, steps: int, run: Run, song: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ByteNetwork, "loss", interrupting(presses))
@@ -324,7 +327,7 @@ def test_interrupted_within_a_step_it_finishes_the_step_unless_pressed_again(
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_where_interrupts_are_ignored_it_goes_on(run: Run, song: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_ignored_interrupt_stays_ignored(run: Run, song: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ByteNetwork, "loss", interrupting(2))
     usual = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
@@ -350,7 +353,7 @@ def long_run(song: str, tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
     process.communicate()
 
 
-def test_a_real_interrupt_keeps_what_was_measured(long_run: "subprocess.Popen[str]", tmp_path: Path) -> None:
+def test_a_real_interrupt_keeps_the_results_so_far(long_run: "subprocess.Popen[str]", tmp_path: Path) -> None:
     folder = tmp_path / "tamegrad-compare"
     deadline = time.monotonic() + 60
     while not folder.exists() and time.monotonic() < deadline:
@@ -363,7 +366,7 @@ def test_a_real_interrupt_keeps_what_was_measured(long_run: "subprocess.Popen[st
     assert (folder / "index.html").is_file()
 
 
-def test_interrupted_before_anything_it_ends_quietly(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_interrupt_before_training_ends_quietly(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 

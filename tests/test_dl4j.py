@@ -35,19 +35,19 @@ def test_layers_are_what_deeplearning4j_reports(file: str) -> None:
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_policy_answers_as_deeplearning4j_does(file: str) -> None:
+def test_the_policy_agrees_with_deeplearning4j(file: str) -> None:
     policy = read_policy(str(MODELS / file))
     assert [policy.strategy_for(each["name"]) for each in EXPECTED[file]] == [strategy_of(e) for e in EXPECTED[file]]
     assert [override.key for override in policy.overrides] == [each["name"] for each in EXPECTED[file]]
     assert policy.default == Keep()
 
 
-def test_the_files_show_every_strategy() -> None:
+def test_the_files_cover_every_strategy() -> None:
     shown = {each["strategy"] for layers in EXPECTED.values() for each in layers}
     assert shown == {member.value for member in GradientNormalization}
 
 
-def test_a_model_says_sizes_places_and_layers_without_parameters() -> None:
+def test_a_model_has_sizes_places_and_layers_without_parameters() -> None:
     model = read_model(MODELS / "convolution.zip")
     rows = [(each.name, each.kind, each.n_in, each.n_out, each.has_parameters, each.place) for each in model.layers]
     assert (model.network, model.file) == ("MultiLayerNetwork", str(MODELS / "convolution.zip"))
@@ -91,7 +91,7 @@ def test_wrappers(tmp_path: Path, wrappers: list[str], kind: str, strategy: Stra
     assert only_layer(tmp_path, made) == ("first", kind, strategy, True)
 
 
-def test_the_layer_inside_a_wrapper_is_asked_not_the_wrapper(tmp_path: Path) -> None:
+def test_the_layer_inside_a_wrapper_decides_the_strategy(tmp_path: Path) -> None:
     made = layer("LSTM", wrappers=["LastTimeStep"])
     made |= {"gradientNormalization": "RenormalizeL2PerLayer", "layerName": "outside"}
     assert only_layer(tmp_path, made) == ("outside", "LSTM", Clip(0.5), True)
@@ -99,14 +99,14 @@ def test_the_layer_inside_a_wrapper_is_asked_not_the_wrapper(tmp_path: Path) -> 
     assert only_layer(tmp_path, made)[0] == "first"
 
 
-def test_a_users_own_wrapper_is_looked_into(tmp_path: Path) -> None:
+def test_a_users_own_wrapper_is_unwrapped(tmp_path: Path) -> None:
     made = {"@class": "com.acme.Twice", "underlying": layer("LSTM"), "layerName": "own"}
     assert only_layer(tmp_path, made) == ("own", "LSTM", Clip(0.5), True)
     made = {"@class": "com.acme.FrozenLayer", "underlying": layer("LSTM")}
     assert only_layer(tmp_path, made)[2] == Clip(0.5), "a user's class of that name freezes nothing"
 
 
-def test_layers_without_a_name_are_called_by_their_index(tmp_path: Path) -> None:
+def test_unnamed_layers_are_named_by_index(tmp_path: Path) -> None:
     layers = [layer(name=None), layer("ActivationLayer", name=None), layer(name=None, strategy="None")]
     policy = read_policy(written(tmp_path, network_of(layers)))
     assert policy == Policy(Keep(), overrides={"layer0": Clip(0.5), "layer2": Keep()})
@@ -144,13 +144,13 @@ def test_which_layers_have_parameters(tmp_path: Path, made: Json, has_parameters
     assert only_layer(tmp_path, made)[3] is has_parameters
 
 
-def test_the_listed_variables_show_that_a_class_never_seen_has_parameters(tmp_path: Path) -> None:
+def test_an_unknown_class_with_listed_variables_has_parameters(tmp_path: Path) -> None:
     configuration = network_of([{"@class": "com.acme.Odd", **NO_PARAMETERS}])
     configuration["confs"][0]["variables"] = ["W"]
     assert read_model(written(tmp_path, configuration)).layers[0].has_parameters
 
 
-def test_vertices_with_parameters_of_their_own_and_frozen_ones(tmp_path: Path) -> None:
+def test_vertices_with_their_own_parameters_and_frozen_vertices(tmp_path: Path) -> None:
     attention = typed(
         "org.deeplearning4j.nn.conf.graph.AttentionVertex", settings(None, "ClipL2PerLayer", 2), old=False
     )
@@ -182,7 +182,7 @@ def test_vertices_with_parameters_of_their_own_and_frozen_ones(tmp_path: Path) -
         ("ClipElementWiseAbsoluteValue", 1e-300, ClipValue(1e-300)),
     ],
 )
-def test_thresholds_count_where_a_strategy_needs_one(
+def test_a_threshold_counts_only_if_the_strategy_needs_one(
     tmp_path: Path, strategy: str | None, threshold: object, expected: Strategy
 ) -> None:
     assert only_layer(tmp_path, layer(strategy=strategy, threshold=threshold))[2] == expected
@@ -197,7 +197,7 @@ def test_names_are_never_patterns(tmp_path: Path) -> None:
         assert policy.strategy_for(other) == policy.strategy_for(other, "bias") == Keep()
 
 
-def test_names_map_to_the_models_own(tmp_path: Path) -> None:
+def test_names_are_mapped_to_the_models(tmp_path: Path) -> None:
     path = written(tmp_path, network_of([layer(name=None), layer("DropoutLayer", name=None), layer(name="out")]))
     policy = read_policy(path, names={"layer0": "rnn[0]", "layer1": "dropout"})
     assert policy.strategy_for("rnn[0]") == policy.strategy_for("out") == Clip(0.5)
@@ -207,7 +207,7 @@ def test_names_map_to_the_models_own(tmp_path: Path) -> None:
     assert policy_of(read_model(path)) == read_policy(path)
 
 
-def test_a_wrong_mapping_of_names_is_refused(tmp_path: Path) -> None:
+def test_an_invalid_mapping_of_names_is_refused(tmp_path: Path) -> None:
     path = written(tmp_path, network_of([layer(name="encoder"), layer(name="decoder")]))
     with pytest.raises(UnmatchedError, match=r"model.json, names\): got 'encodr', .*closest: 'encoder'.*read_model"):
         read_policy(path, names={"encodr": "rnn"})
@@ -216,28 +216,28 @@ def test_a_wrong_mapping_of_names_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="got 'decoder' for both 'encoder' and 'decoder'"):
         read_policy(path, names={"encoder": "decoder"})
     for wrong in ({"encoder": 3}, {"encoder": ""}, {3: "rnn"}, ["encoder"]):
-        with pytest.raises(SettingError, match=r"allowed: a .*next: pass for example names="):
+        with pytest.raises(SettingError, match=r"allowed: a .*next: pass, for example, names="):
             read_policy(path, names=wrong)  # type: ignore[arg-type]
 
 
-def test_layers_of_one_name_need_one_strategy(tmp_path: Path) -> None:
+def test_layers_of_the_same_name_need_the_same_strategy(tmp_path: Path) -> None:
     twins = [layer(name="same"), layer(name="same")]
     assert read_policy(written(tmp_path, network_of(twins))) == Policy(Keep(), overrides={"same": Clip(0.5)})
     path = written(tmp_path, network_of([*twins, layer(name="same", threshold=2)]))
-    with pytest.raises(Dl4jFileError, match=r"confs\[2\].layer: got the name 'same' with .*confs\[1\].layer has it"):
+    with pytest.raises(Dl4jFileError, match=r"confs\[2\].layer: got 'same' with .*confs\[1\].layer has the same name"):
         read_policy(path)
 
 
-def test_an_empty_name_has_to_be_mapped(tmp_path: Path) -> None:
+def test_an_empty_name_must_be_mapped(tmp_path: Path) -> None:
     path = written(tmp_path, network_of([layer(name="")]))
-    with pytest.raises(Dl4jFileError, match=r'confs\[0\].layer: got a layer whose name is empty.*names={"":'):
+    with pytest.raises(Dl4jFileError, match=r'confs\[0\].layer: got a layer with an empty name.*names={"":'):
         read_policy(path)
     assert read_policy(path, names={"": "dense"}).strategy_for("dense") == Clip(0.5)
 
 
-def built(lines: str) -> Policy:
+def built(code: str) -> Policy:
     scope: dict[str, Any] = {}
-    exec(lines, scope)  # noqa: S102 the lines are what is tested
+    exec(code, scope)  # noqa: S102 this is the code under test
     policy = scope["policy"]
     assert isinstance(policy, Policy)
     return policy
@@ -263,13 +263,13 @@ def test_python_keeps_every_digit_and_every_character() -> None:
 
 
 @pytest.mark.parametrize("zipped", [False, True])
-def test_content_decides_not_the_files_name(tmp_path: Path, *, zipped: bool) -> None:
+def test_files_are_recognized_by_content_not_by_name(tmp_path: Path, *, zipped: bool) -> None:
     text = "\ufeff" + json.dumps(network_of([layer()]), indent=2)
     path = written(tmp_path, zip_of(text) if zipped else text, name="model.json" if zipped else "model.zip")
     assert read_policy(path).strategy_for("first") == Clip(0.5)
 
 
-def test_ten_thousand_layers_are_read_at_once(tmp_path: Path) -> None:
+def test_ten_thousand_layers_are_read_fast(tmp_path: Path) -> None:
     text = (MODELS / "bidirectional.json").read_text(encoding="utf-8")
     configuration = json.loads(text)
     bidirectional = json.dumps(configuration["confs"][0], indent=2)
@@ -279,4 +279,4 @@ def test_ten_thousand_layers_are_read_at_once(tmp_path: Path) -> None:
     layers = read_model(path).layers
     seconds = time.process_time() - start
     assert [layers[0].name, layers[-1].name, len(layers)] == ["block0", "block9999", 10_000]
-    assert seconds < 5, "a fifth of that on a quiet core; a step of quadratic cost would take minutes"
+    assert seconds < 5, "a fifth of that on an idle core; quadratic cost would take minutes"

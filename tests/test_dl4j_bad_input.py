@@ -21,11 +21,11 @@ THRESHOLD = f"{STRATEGY}Threshold"
 
 
 def refusal(path: Path) -> Dl4jFileError:
-    """The error, once it is seen to name the file, to have its four parts, to be short and to come soon."""
+    """Returns the error, after a check that it names the file, has its four parts, is short and comes fast."""
     start = time.process_time()
     with pytest.raises(Dl4jFileError) as caught:
         read_policy(path)
-    assert time.process_time() - start < 2, "a second on a quiet core"
+    assert time.process_time() - start < 2, "a second on an idle core"
     message = str(caught.value)
     assert message.startswith(str(path))
     assert re.search(r": got .+; allowed: .+; next: .+", message, re.DOTALL)
@@ -44,7 +44,7 @@ def test_the_error_is_a_value_error() -> None:
     assert issubclass(Dl4jFileError, ValueError)
 
 
-def test_what_is_no_file(tmp_path: Path) -> None:
+def test_paths_that_are_not_files(tmp_path: Path) -> None:
     assert_refused(tmp_path / "absent.zip", "", "no file")
     assert_refused(tmp_path, "", "a directory")
     assert_refused(tmp_path / ("x" * 5000), "", "a file that cannot be read (File name too long)")
@@ -64,11 +64,11 @@ def test_what_is_no_file(tmp_path: Path) -> None:
         (CONFIGURATION.encode("utf-16"), "", "a binary file"),
         (b"[]", "", "a list"),
         (b"null", "", "nothing"),
-        (b'{"class_name": "Sequential", "config": []}', "", "an object with neither of them"),
-        (b'{"confs": [], "vertices": {}}', "", "an object with both of them"),
+        (b'{"class_name": "Sequential", "config": []}', "", 'an object with neither "confs" nor "vertices"'),
+        (b'{"confs": [], "vertices": {}}', "", 'an object with both "confs" and "vertices"'),
     ],
 )
-def test_empty_cut_foreign_and_binary_files(tmp_path: Path, content: bytes, place: str, got: str) -> None:
+def test_empty_truncated_foreign_and_binary_files(tmp_path: Path, content: bytes, place: str, got: str) -> None:
     error = refusal(written(tmp_path, content, name="model.zip"))
     assert error.where.removeprefix(str(tmp_path / "model.zip")).startswith(f": {place}" if place else "")
     assert got in error.got
@@ -76,12 +76,12 @@ def test_empty_cut_foreign_and_binary_files(tmp_path: Path, content: bytes, plac
 
 
 @pytest.mark.parametrize("kept", [4, 30, 200, len(MODEL) // 2, len(MODEL) - 1])
-def test_a_cut_zip(tmp_path: Path, kept: int) -> None:
-    assert_refused(written(tmp_path, MODEL[:kept], name="cut.zip"), "", "a zip file that is cut or damaged")
+def test_a_truncated_zip(tmp_path: Path, kept: int) -> None:
+    assert_refused(written(tmp_path, MODEL[:kept], name="cut.zip"), "", "a zip file that is truncated or damaged")
 
 
 def with_header(model: bytes, offset: int, value: bytes) -> bytes:
-    """Changes both headers of the first entry, the local and the central one, which has two bytes more before."""
+    """Changes both headers of the first entry: the local one, and the central one, whose fields are two bytes later."""
     central = model.index(b"PK\x01\x02")
     changed = bytearray(model)
     changed[offset : offset + len(value)] = value
@@ -102,7 +102,7 @@ def with_header(model: bytes, offset: int, value: bytes) -> bytes:
         (zip_of(CONFIGURATION, method=zipfile.ZIP_LZMA), "compression method 14, not deflate"),
     ],
 )
-def test_a_zip_without_a_configuration_that_can_be_read(tmp_path: Path, model: bytes, got: str) -> None:
+def test_a_zip_without_a_readable_configuration(tmp_path: Path, model: bytes, got: str) -> None:
     assert_refused(written(tmp_path, model, name="model.zip"), "configuration.json", got)
 
 
@@ -115,16 +115,16 @@ def test_a_zip_with_two_configurations(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["../evil", "/etc/passwd", "a/../../b", "..\\evil", "C:\\evil", "\\evil", "a/.."])
-def test_a_zip_with_a_path_that_leaves_it(tmp_path: Path, name: str) -> None:
+def test_a_zip_with_a_path_that_leaves_the_archive(tmp_path: Path, name: str) -> None:
     path = tmp_path / "model.zip"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("configuration.json", CONFIGURATION)
         archive.writestr(name, "evil")
     assert_refused(path, repr(name), "a path that leaves the archive")
-    assert os.listdir(tmp_path) == ["model.zip"]  # noqa: PTH208 names are what is compared
+    assert os.listdir(tmp_path) == ["model.zip"]  # noqa: PTH208 the names are compared
 
 
-def test_a_harmless_path_with_dots_is_none(tmp_path: Path) -> None:
+def test_a_harmless_path_with_dots_is_allowed(tmp_path: Path) -> None:
     path = tmp_path / "model.zip"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("configuration.json", CONFIGURATION)
@@ -132,16 +132,16 @@ def test_a_harmless_path_with_dots_is_none(tmp_path: Path) -> None:
     assert len(read_policy(path).overrides) == 1
 
 
-def test_a_zip_whose_content_is_not_what_was_packed(tmp_path: Path) -> None:
+def test_a_zip_with_corrupted_content(tmp_path: Path) -> None:
     stored = bytearray(zip_of(CONFIGURATION, method=zipfile.ZIP_STORED))
     stored[stored.index(b"0.5")] = ord("9")
     assert "Bad CRC-32" in refusal(written(tmp_path, bytes(stored))).got
     deflated = bytearray(MODEL)
     deflated[60:80] = b"\xff" * 20
-    assert "cut or damaged" in refusal(written(tmp_path, bytes(deflated))).got
+    assert "truncated or damaged" in refusal(written(tmp_path, bytes(deflated))).got
 
 
-def test_a_zip_that_asks_for_what_no_model_needs(tmp_path: Path) -> None:
+def test_a_zip_with_unsupported_features_or_sizes(tmp_path: Path) -> None:
     central = MODEL.index(b"PK\x01\x02")
     version = bytearray(MODEL)
     version[central + 6] = 99
@@ -149,15 +149,15 @@ def test_a_zip_that_asks_for_what_no_model_needs(tmp_path: Path) -> None:
     assert "damaged (compressed patched data" in refusal(written(tmp_path, with_header(MODEL, 6, b"\x20"))).got
     longer = zip_of("{}", method=zipfile.ZIP_STORED)
     longer = with_header(longer, 18, struct.pack("<II", 10**6, 10**6))
-    # Newer versions of Python see first that it would reach into what follows it.
+    # Newer versions of Python first notice that the entry would overlap what follows.
     too_long = "damaged (an entry ends too early)", "damaged (Overlapped entries: "
     assert any(one in refusal(written(tmp_path, longer)).got for one in too_long)
 
 
 @pytest.mark.parametrize(("offset", "got"), [(2**64 - 1, "damaged"), (2**62, "cannot be read"), (2**40, "damaged")])
-def test_a_zip_whose_entry_begins_beyond_its_end(tmp_path: Path, offset: int, got: str) -> None:
+def test_a_zip_whose_entry_starts_beyond_its_end(tmp_path: Path, offset: int, got: str) -> None:
     central = MODEL.index(b"PK\x01\x02")
-    extra = struct.pack("<HHQ", 1, 8, offset)  # where an archive of more than 4 GB would have it
+    extra = struct.pack("<HHQ", 1, 8, offset)  # where an archive of more than 4 GB has the offset
     header = bytearray(MODEL[central : central + 46])
     header[30:34] = struct.pack("<HH", len(extra), 0)
     header[42:46] = b"\xff" * 4
@@ -201,7 +201,7 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
     assert peak_of_refusal(nested) < document.MOST_BYTES
 
 
-def test_a_zip_that_lists_entries_without_end(tmp_path: Path) -> None:
+def test_a_zip_with_too_many_entries(tmp_path: Path) -> None:
     path = tmp_path / "model.zip"
     with zipfile.ZipFile(path, "w") as archive:
         for index in range(20_000):
@@ -230,7 +230,7 @@ def test_values_nested_as_deep_as_allowed(tmp_path: Path) -> None:
     assert len(read_policy(written(tmp_path, deep)).overrides) == 1
 
 
-def test_limits_of_number(tmp_path: Path) -> None:
+def test_limits_on_counts_and_lengths(tmp_path: Path) -> None:
     objects = b"[" + b"{}," * document.MOST_OBJECTS + b"1]"
     assert_refused(written(tmp_path, objects), "configuration", "300000 objects and lists or more")
     values = b"[" + b"0," * (document.MOST_COMMAS + 1) + b"0]"
@@ -245,11 +245,11 @@ def test_limits_of_number(tmp_path: Path) -> None:
     assert "a name of 1001 characters" in refusal(written(tmp_path, key)).got
 
 
-def test_keys_that_stand_twice(tmp_path: Path) -> None:
+def test_duplicate_keys(tmp_path: Path) -> None:
     twice = CONFIGURATION.replace('"nin": 3', '"nin": 3, "nin": 3')
-    assert_refused(written(tmp_path, twice), "confs[0].layer.nin", "a key that stands there twice")
+    assert_refused(written(tmp_path, twice), "confs[0].layer.nin", "a duplicate key")
     inside = '{"vertices": {"a b": 1, "a b": {"x": 1, "x": 2}}, "networkInputs": []}'
-    assert_refused(written(tmp_path, inside), "vertices['a b']", "a key that stands there twice")
+    assert_refused(written(tmp_path, inside), "vertices['a b']", "a duplicate key")
 
 
 DIGITS = "9" * 1_000_000
@@ -276,12 +276,12 @@ DIGITS = "9" * 1_000_000
     ],
 )
 @pytest.mark.parametrize("strategy", ["ClipL2PerLayer", "ClipL2PerParamType", "ClipElementWiseAbsoluteValue"])
-def test_a_threshold_that_a_strategy_cannot_use(tmp_path: Path, strategy: str, threshold: str, got: str) -> None:
+def test_an_invalid_threshold(tmp_path: Path, strategy: str, threshold: str, got: str) -> None:
     made = json.dumps(network_of([layer(strategy=strategy, threshold="?")])).replace('"?"', threshold)
     error = refusal(written(tmp_path, made))
     assert error.where.endswith(f": {THRESHOLD}")
     assert (error.got, error.allowed) == (got, "a number above 0")
-    assert error.advice.startswith(f"{strategy} needs one")
+    assert error.advice.startswith(f"{strategy} needs a threshold")
     ignored = made.replace(strategy, "RenormalizeL2PerLayer")
     assert len(read_policy(written(tmp_path, ignored)).overrides) == 1
 
@@ -310,7 +310,7 @@ def test_an_unknown_strategy(tmp_path: Path, strategy: Any, got: str) -> None:
         assert error.allowed == f"{six}'ClipL2PerLayer', 'ClipL2PerParamType'; closest: 'ClipL2PerLayer'"
 
 
-def test_a_strategy_of_megabytes_is_shown_in_few_characters(tmp_path: Path) -> None:
+def test_a_huge_strategy_name_is_shortened(tmp_path: Path) -> None:
     error = refusal(written(tmp_path, network_of([layer(strategy="Clip" * 1_000_000)])))
     assert error.got.startswith("'ClipClip")
     assert error.allowed.startswith("'None', ")
@@ -328,7 +328,7 @@ def with_layer(**changes: object) -> Json:
         ({"confs": [3]}, "confs[0]", "3.0"),
         ({"confs": [{}]}, "confs[0].layer", "nothing"),
         ({"confs": [{"layer": []}]}, "confs[0].layer", "a list"),
-        ({"confs": [{"layer": {"a": 1, "b": 2}}]}, "confs[0].layer", "an object of no class"),
+        ({"confs": [{"layer": {"a": 1, "b": 2}}]}, "confs[0].layer", "an object without a class"),
         ({"confs": [{"layer": {"dense": []}}]}, "confs[0].layer.dense", "a list"),
         ({"confs": [{"layer": {"@class": 3}}]}, "confs[0].layer.@class", "3.0"),
         ({"confs": [{"layer": {"@class": "a."}}]}, "confs[0].layer", "the class 'a.'"),
@@ -347,5 +347,5 @@ def with_layer(**changes: object) -> Json:
         ({"confs": [{"layer": layer(), "variables": 3}]}, "confs[0].variables", "3.0"),
     ],
 )
-def test_values_of_a_wrong_kind(tmp_path: Path, configuration: Json, place: str, got: str) -> None:
+def test_values_of_the_wrong_type(tmp_path: Path, configuration: Json, place: str, got: str) -> None:
     assert_refused(written(tmp_path, configuration), place, got)

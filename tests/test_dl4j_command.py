@@ -1,4 +1,4 @@
-"""`tamegrad dl4j FILE`: the table, the Python, and one line for a file that cannot be read."""
+"""`tamegrad dl4j FILE`: the table, the Python code, and one line for an error."""
 
 import json
 import subprocess
@@ -32,18 +32,18 @@ def test_prints_every_layer(capsys: pytest.CaptureFixture[str]) -> None:
         ["layer3", "ActivationLayer", "–", "–", "no", "parameters", "–"],
         ["layer4", "OutputLayer", "6", "3", "RenormalizeL2PerLayer", "–"],
     ]
-    assert lines[-1] == "A MultiLayerNetwork. With --python: the policy that does the same in PyTorch."
+    assert lines[-1] == "A MultiLayerNetwork. Pass --python for the policy that does the same in PyTorch."
 
 
 @pytest.mark.parametrize("file", sorted(MODELS.glob("*.zip")), ids=lambda path: path.name)
 def test_the_python_it_prints_builds_the_policy(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(str(file), "--python") == 0
     namespace: dict[str, Policy] = {}
-    exec(capsys.readouterr().out, namespace)  # noqa: S102  what it is made for
+    exec(capsys.readouterr().out, namespace)  # noqa: S102  this is the code under test
     assert namespace["policy"] == read_policy(file)
 
 
-def test_a_name_cannot_write_to_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_name_cannot_control_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dense = {"@class": "org.deeplearning4j.nn.conf.layers.DenseLayer", "layerName": "[red]\x1b[2J", "nin": 4, "nout": 8}
     file = tmp_path / "hostile.json"
     file.write_text(json.dumps({"confs": [{"layer": dense}]}))
@@ -54,7 +54,7 @@ def test_a_name_cannot_write_to_the_terminal(tmp_path: Path, capsys: pytest.Capt
 
 
 @pytest.mark.parametrize("arguments", [("missing.zip",), ("missing.zip", "--python"), (), ("a", "b"), ("a", "--pyton")])
-def test_a_mistake_is_one_line_and_exit_code_2(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_is_one_line_and_exit_code_2(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*arguments) == 2
     captured = capsys.readouterr()
     assert captured.out == ""

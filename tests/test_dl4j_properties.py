@@ -32,7 +32,7 @@ UNTRAINED = ("ActivationLayer", "SubsamplingLayer")
 
 
 class Written(NamedTuple):
-    """One layer as it is written, and what has to be read."""
+    """One layer as written, and the strategy that must be read."""
 
     kind: str
     name: str | None
@@ -41,7 +41,7 @@ class Written(NamedTuple):
     threshold: object
 
     def as_json(self, *, old: bool) -> Json:
-        # Jackson writes infinity as a text.
+        # Jackson writes infinity as a string.
         threshold = "Infinity" if self.threshold == math.inf else self.threshold
         strategy = None if self.normalization is None else self.normalization.value
         return layer(self.kind, self.name, strategy, threshold, wrappers=self.wrappers, old=old)
@@ -74,7 +74,7 @@ def written_layers(draw: st.DrawFn) -> Written:
     zipped=st.booleans(),
     probe=NAMES,
 )
-def test_what_is_written_is_read(
+def test_written_layers_are_read_back(
     tmp_path: Path, *, layers: list[Written], graph: bool, old: bool, zipped: bool, probe: str
 ) -> None:
     names = [f"layer{index}" if each.name is None else each.name for index, each in enumerate(layers)]
@@ -93,13 +93,13 @@ def test_what_is_written_is_read(
     assert [read.name for read in read_model(path).layers] == names
 
     scope: dict[str, Any] = {}
-    exec(policy_as_python(policy), scope)  # noqa: S102 the lines are what is tested
+    exec(policy_as_python(policy), scope)  # noqa: S102 this is the code under test
     assert scope["policy"] == policy
 
 
 @repeatable(max_examples=100)
 @given(names=st.lists(NAMES, min_size=1, max_size=5, unique=True), targets=st.lists(NAMES, min_size=5, unique=True))
-def test_names_are_exchanged_exactly(tmp_path: Path, names: list[str], targets: list[str]) -> None:
+def test_names_are_mapped_exactly(tmp_path: Path, names: list[str], targets: list[str]) -> None:
     layers = [layer(name=name, threshold=index + 1.0) for index, name in enumerate(names)]
     path = written(tmp_path, network_of(layers))
     mapped = dict(zip(names, targets, strict=False))
@@ -109,11 +109,11 @@ def test_names_are_exchanged_exactly(tmp_path: Path, names: list[str], targets: 
 
 
 def assert_only_the_documented_error(path: Path) -> bool:
-    """Reads a damaged file; whether it was refused."""
+    """Reads a damaged file; returns whether it was refused."""
     try:
         read_policy(path)
     except Dl4jFileError as error:
-        assert str(error).startswith(str(path))  # noqa: PT017 a file that happens to be whole still reads
+        assert str(error).startswith(str(path))  # noqa: PT017 a file that happens to be intact is read
         assert len(str(error)) < len(str(path)) + 1_000  # noqa: PT017
         return True
     return False
@@ -127,7 +127,7 @@ JSON_FILES = [file for file in FILES if file.endswith(".json")]
 def damaged(draw: st.DrawFn) -> bytes:
     content = bytearray(CONTENTS[draw(st.sampled_from(FILES))])
     for _ in range(draw(st.integers(1, 3))):
-        # Half of the damage falls on the last bytes, where an archive has its directory.
+        # Half of the damage is in the last bytes, where an archive has its directory.
         last = draw(st.booleans())
         at = draw(st.integers(max(0, len(content) - 250) if last else 0, len(content)))
         match draw(st.sampled_from(["flip", "byte", "cut", "drop", "splice", "zeros"])):
@@ -187,7 +187,7 @@ def test_replaced_values_raise_only_the_documented_error(
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_a_file_cut_anywhere_is_refused(tmp_path: Path, file: str) -> None:
+def test_a_file_truncated_anywhere_is_refused(tmp_path: Path, file: str) -> None:
     content = CONTENTS[file]
     for kept in range(0, len(content) - 1, 37):
         assert assert_only_the_documented_error(written(tmp_path, content[:kept])), kept

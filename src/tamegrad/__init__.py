@@ -14,7 +14,7 @@ from tamegrad.errors import (
 from tamegrad.policy import Policy
 from tamegrad.reference import normalize
 from tamegrad.report import GroupReport, Report
-from tamegrad.strategies import Clip, ClipValue, GradientNormalization, Keep, Renormalize
+from tamegrad.strategies import Clip, ClipValue, GradientNormalization, Keep, Renormalize, Strategy
 
 __all__ = [
     "Clip",
@@ -28,6 +28,7 @@ __all__ = [
     "Renormalize",
     "Report",
     "SettingError",
+    "Strategy",
     "TamegradError",
     "TamegradWarning",
     "UnmatchedError",

@@ -1,6 +1,6 @@
-"""The command `tamegrad`: its commands, its exit codes, and one clear line for whatever the user can mend.
+"""The command `tamegrad`: its subcommands, its exit codes, and one clear line for each user-fixable error.
 
-Nothing but Python is imported before it is needed: help is instant, and a missing extra is a message like any other.
+Third-party packages are imported only when needed: help is instant, and a missing extra gets a message like any other.
 """
 
 import sys
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 EXIT_DONE = 0
-EXIT_MENDABLE = 2
+EXIT_FIXABLE = 2
 EXIT_INTERRUPTED = 130
 
-# What comes with which extra, by the name that is imported.
+# The extra that installs each package, by import name.
 _EXTRAS = {
     "click": "study",
     "rich": "study",
@@ -29,12 +29,12 @@ _EXTRAS = {
     "torch": "torch",
 }
 
-_HELP = """Gradient normalization: see what each strategy does to a training run, and what a Deeplearning4j model does.
+_HELP = """Gradient normalization: compare the strategies on a training run, or read them from a Deeplearning4j model.
 
 \b
 Examples:
   tamegrad compare          train one network under every strategy, about a minute
-  tamegrad compare --help   all its options
+  tamegrad compare --help   all options of compare
   tamegrad dl4j model.zip   what a Deeplearning4j model does to its gradients
 """
 
@@ -43,10 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Runs the command and ends the process.
 
     Args:
-        arguments: What stands behind `tamegrad`; None for what the process was started with.
+        arguments: The arguments after `tamegrad`; None for those of the process.
 
     Raises:
-        SystemExit: Always; its code is 0, 2 for what the user can mend, or 130 for Ctrl-C.
+        SystemExit: Always; its code is 0, 2 for user-fixable errors, or 130 for Ctrl-C.
     """
     sys.exit(_run(sys.argv[1:] if arguments is None else list(arguments)))
 
@@ -79,7 +79,7 @@ def _run_click(arguments: list[str]) -> int:
 
 
 def _commands() -> "click.Group":
-    """Returns the command with all its commands; a new one is one line more."""
+    """Returns the command with its subcommands; a new one takes one more line."""
     import click
 
     from tamegrad.dl4j.command import dl4j
@@ -107,7 +107,7 @@ def _commands() -> "click.Group":
 
 
 def _usage_error(error: "click.UsageError") -> SettingError:
-    """Puts what click says about the command line into the four parts."""
+    """Converts a usage error of click to a `SettingError` with its four parts."""
     import click
 
     context = error.ctx
@@ -118,11 +118,11 @@ def _usage_error(error: "click.UsageError") -> SettingError:
         known = [name for option in options for name in option.opts]
         got, allowed = f"unknown option {error.option_name!r}", _allowed(error.option_name, known)
     elif isinstance(error, click.BadOptionUsage):
-        # click does not say of which command.
+        # click does not say which command it was.
         where, advice = f"tamegrad {error.option_name}", "tamegrad COMMAND --help"
-        return SettingError(where, got=_said(error), allowed="what its help lists", advice=advice)
+        return SettingError(where, got=_said(error), allowed="the usage in its help", advice=advice)
     else:
-        got, allowed = _said(error), "what its help lists"
+        got, allowed = _said(error), "the usage in its help"
     return SettingError(where, got=got, allowed=allowed, advice=f"{where} --help")
 
 
@@ -139,14 +139,14 @@ def _missing_extra(module: str) -> MissingExtraError:
     extra = _EXTRAS[module]
     return MissingExtraError(
         "tamegrad",
-        got=f"a Python without {module}",
+        got=f"a Python environment without {module}",
         allowed=f"one with the extra {extra!r}",
         advice="pip install 'tamegrad[torch,study]'",
     )
 
 
 def _refuse(error: TamegradError) -> int:
-    # One line, whatever a path or an argument holds.
+    # One line, even if a path or an argument holds line breaks.
     line = " ".join(str(error).splitlines())
     sys.stderr.write(f"{line}\n" if line.startswith("tamegrad") else f"tamegrad: {line}\n")
-    return EXIT_MENDABLE
+    return EXIT_FIXABLE

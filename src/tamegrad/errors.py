@@ -1,4 +1,4 @@
-"""What tamegrad raises: every message says where, what was given, what is allowed and what to do next."""
+"""Errors and warnings. Every message says where, what was given, what is allowed and what to do next."""
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +14,7 @@ __all__ = [
 
 
 class TamegradError(ValueError):
-    """Base of all errors that a user of tamegrad can mend.
+    """Base class of all user-fixable errors.
 
     Args:
         where: The call, setting or file at fault, as the user wrote it.
@@ -37,24 +37,24 @@ class TamegradError(ValueError):
 
 
 class TamegradWarning(UserWarning):
-    """Something is allowed, but more likely a mistake: a step without any gradient, a parameter that no layer owns."""
+    """Something allowed that is probably a mistake: a step without any gradient, a parameter that no layer owns."""
 
 
 class SettingError(TamegradError):
-    """A setting is not one that tamegrad knows: a threshold of zero, an unknown `per`, a model without parameters."""
+    """A setting or an input is invalid: a threshold of zero, an unknown `per`, a model without parameters."""
 
 
 class UnmatchedError(TamegradError):
-    """A pattern matches nothing in the model; the message names what is closest."""
+    """A pattern or a name matches nothing; the message names the closest matches."""
 
 
 class NonFiniteGradientError(TamegradError):
-    """A gradient holds NaN or infinity and `on_nonfinite="raise"` was asked for; no gradient was changed.
+    """A gradient holds NaN or infinity under `on_nonfinite="raise"`; no gradient was changed.
 
     Args:
-        counts: For each parameter that has any, by its full name, how many values are NaN, plus and minus infinity;
-            none if they are in another stage of a pipeline.
-        layers: The layers that these parameters belong to.
+        counts: By the full name of each affected parameter, how many values are NaN, plus and minus infinity; empty if
+            they are all in another stage of a pipeline.
+        layers: The layers of these parameters.
 
     Example:
         >>> raise NonFiniteGradientError({"rnn.weight_hh_l0": (2, 1, 0)}, ["rnn.l0"])
@@ -84,19 +84,19 @@ class NonFiniteGradientError(TamegradError):
 
 
 class MissingExtraError(TamegradError, ImportError):
-    """A part of tamegrad was used whose optional dependencies are not installed; the message names the extra."""
+    """An optional dependency is missing; the message names the extra to install."""
 
 
 def closest(name: str, names: Iterable[str], most: int = 3) -> list[str]:
-    """Returns up to `most` of `names` that are spelled most like `name`, best first.
+    """Returns the names that are spelled most like `name`, best first.
 
     Args:
         name: What the user wrote.
-        names: What exists.
-        most: How many to return at most.
+        names: The names that exist.
+        most: The largest number of names to return.
 
     Returns:
-        The closest names; fewer, if there are fewer. Nothing is too far away: a hint beats none.
+        Up to `most` names. No match is too distant: any hint beats none.
 
     Example:
         >>> closest("rnn.0", ["embedding", "rnn.l0", "rnn.l1"], most=2)
@@ -106,7 +106,7 @@ def closest(name: str, names: Iterable[str], most: int = 3) -> list[str]:
 
 
 def quoted(names: Iterable[str]) -> str:
-    """Returns names as a list for a message: `'a', 'b'`, or `none` if there are none.
+    """Returns names as a list for a message: `'a', 'b'`, or `none`.
 
     Args:
         names: The names, in the order to show.

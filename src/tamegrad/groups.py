@@ -1,6 +1,6 @@
 """The policy compiled against one model: layers, the groups that their parameters form, and the plan that holds both.
 
-Plain data, no arrays. `P` is the number of parameters, `G` of groups.
+Plain data without arrays. `P` is the number of parameters, `G` the number of groups.
 """
 
 from collections.abc import Iterable, Sequence
@@ -74,7 +74,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Plan:
-    """Every parameter of a model in exactly one group; printed, each layer, its parameter types, its strategy.
+    """Every parameter of a model in exactly one group. Print it to see every layer, its strategy, its parameter types.
 
     Args:
         layers: The layers, in the order of the model.
@@ -95,7 +95,7 @@ class Plan:
 
     @cached_property
     def parameters(self) -> tuple[Parameter, ...]:
-        """All parameters, layer by layer: what `Group.members` counts."""
+        """All parameters, layer by layer; `Group.members` are positions in it."""
         return tuple(parameter for layer in self.layers for parameter in layer.parameters)
 
     @cached_property
@@ -105,7 +105,7 @@ class Plan:
         return tuple(positions[member] for member in range(len(self.parameters)))
 
     def layers_of(self, names: Iterable[str]) -> list[str]:
-        """Returns the layers that own some parameters, each once, in the order of the model.
+        """Returns the layers that own the given parameters, each once, in the order of the model.
 
         Args:
             names: Full names of parameters.
@@ -142,7 +142,7 @@ def make_plan(layers: Sequence[Layer], policy: Policy) -> Plan:
 
     Args:
         layers: The layers to plan for, in the order of the model.
-        policy: Which layer gets which strategy; `check_overrides` says whether all of it applies.
+        policy: Which layer gets which strategy; `check_overrides` checks that all of it applies.
 
     Returns:
         The plan.
@@ -171,7 +171,7 @@ def make_plan(layers: Sequence[Layer], policy: Policy) -> Plan:
 
 
 def check_overrides(layers: Sequence[Layer], policy: Policy) -> None:
-    """Refuses a policy with an override that applies nowhere, which is a misspelled name more often than not.
+    """Rejects a policy with an override that matches nothing, which is usually a misspelled name.
 
     Args:
         layers: All layers of the model.
@@ -185,14 +185,14 @@ def check_overrides(layers: Sequence[Layer], policy: Policy) -> None:
 
 
 def unmatched_overrides(layers: Sequence[Layer], policy: Policy) -> dict[str, UnmatchedError]:
-    """Finds the overrides of a policy that apply nowhere.
+    """Finds the overrides of a policy that match nothing.
 
     Args:
         layers: All layers of the model.
         policy: The policy.
 
     Returns:
-        By the override's name, what is wrong with it.
+        An error for each of them, by the override's name.
     """
     by_name: dict[str, list[Layer]] = {}
     for layer in layers:
@@ -214,7 +214,7 @@ def _group_of(
     """Returns what identifies the group of a parameter, and the group's name."""
     match strategy.per:
         case "layer" if override is not None and override.type_pattern is not None:
-            # The strategy governs a part of the layer; the rest of it is a group of its own, or several.
+            # The strategy governs a part of the layer; the rest forms other groups.
             return (override, layer), f"{layer.name}/{override.type_pattern}"
         case "layer":
             return (layer,), layer.name
@@ -227,7 +227,7 @@ def _group_of(
 
 
 def _unique(name: str, taken: dict[str, int]) -> str:
-    # A layer may be called "model", as the group of the whole model is: the second to come gets a number.
+    # A layer may be called "model", like the group of the whole model: the second one gets a number.
     taken[name] = taken.get(name, 0) + 1
     return name if taken[name] == 1 else f"{name} ({taken[name]})"
 

@@ -11,11 +11,11 @@ from tamegrad.strategies import Strategy, as_strategy
 
 __all__ = ["Overrides", "Policy"]
 
-# From a key to a strategy. The keys are names or classes: `Mapping` is invariant in them, so that a narrower type would
-# refuse an honest dict[str, ...]; they are checked when the policy is made.
+# From a key to a strategy. Keys are names or classes, checked when the policy is made: `Mapping` is invariant in its
+# keys, so a narrower type would reject a plain dict[str, ...].
 Overrides: TypeAlias = Mapping[Any, object]
 
-# The slash between layer and type is the first one outside of brackets, so that "[/]" is a slash of a layer's name.
+# The first slash outside of brackets separates layer and type, so "[/]" matches a slash in a layer's name.
 _KEY = re.compile(r"(?P<layer>(?:\[[^]]+\]|[^/\[]|\[)+)(?:/(?P<type>.+))?", re.DOTALL)
 _ESCAPED = re.compile(r"\[([*?\[/])\]")
 _WILDCARD = re.compile(r"[*?\[]")
@@ -23,15 +23,15 @@ _WILDCARD = re.compile(r"[*?\[]")
 
 @dataclass(frozen=True, slots=True)
 class Override:
-    """One entry of a policy: where it applies and what it asks for.
+    """One entry of a policy: what it matches, and the strategy for it.
 
     Args:
         key: A glob on layer names, two globs with a slash between (layer and parameter type), or a module class.
-        strategy: The strategy for whatever the key matches.
+        strategy: The strategy for everything that the key matches.
 
     Attributes:
         type_pattern: The glob on parameter types, if the key has one.
-        exact_layer: The one layer name that the key matches, if it is no glob and no class.
+        exact_layer: The layer name that the key matches, if it is neither a glob nor a class.
     """
 
     key: str | type
@@ -62,14 +62,14 @@ class Override:
         return self.key if isinstance(self.key, str) else self.key.__name__
 
     def matches_layer(self, names: Sequence[str], module_class: type | None) -> bool:
-        """Says whether the key's layer part matches, whatever the parameter type.
+        """Returns whether the layer part of the key matches, ignoring the parameter type.
 
         Args:
             names: The names that the layer answers to.
-            module_class: The class of its module, where there is one.
+            module_class: The class of its module, if it has one.
 
         Returns:
-            Whether it does.
+            Whether it matches.
         """
         if self.exact_layer is not None:
             return self.exact_layer in names
@@ -79,15 +79,15 @@ class Override:
         return module_class is not None and issubclass(module_class, self.key)
 
     def matches(self, names: Sequence[str], param_type: str | None, module_class: type | None) -> bool:
-        """Says whether the key matches a parameter type of a layer, or with None the layer as a whole.
+        """Returns whether the key matches a parameter type of a layer, or, with None, the layer as a whole.
 
         Args:
             names: The names that the layer answers to.
-            param_type: A parameter type, or None for the layer as a whole, which a key with a slash never matches.
+            param_type: A parameter type; or None for the layer as a whole, which a key with a slash never matches.
             module_class: The class of the layer's module, where there is one.
 
         Returns:
-            Whether it does.
+            Whether it matches.
         """
         if self.type_pattern is not None and (
             param_type is None or not fnmatch.fnmatchcase(param_type, self.type_pattern)
@@ -107,7 +107,7 @@ class Policy:
             subclasses. A name that holds `*`, `?`, `[` or `/` itself is written with `Policy.escape`.
 
     Raises:
-        SettingError: If a key or a strategy is neither of these.
+        SettingError: If a key or a strategy is invalid.
 
     Example:
         >>> from tamegrad import Clip, Policy
@@ -120,8 +120,8 @@ class Policy:
 
     default: Strategy
     overrides: tuple[Override, ...]
-    # Positions of the overrides for one name each, by that name, and of all others: policies of 10,000 names are read
-    # off Deeplearning4j's models, and each name is asked for.
+    # Positions of the overrides that name one layer, by that name, and of all others. Policies read from Deeplearning4j
+    # models can have 10,000 such names, and every layer is looked up.
     _exact: dict[str, list[int]] = field(repr=False, compare=False)
     _others: list[int] = field(repr=False, compare=False)
 
@@ -144,7 +144,7 @@ class Policy:
 
     @staticmethod
     def escape(name: str) -> str:
-        """Returns the key that matches exactly the layer of this name, whatever characters it holds.
+        """Returns a key that matches only the layer of this name, whatever characters it contains.
 
         Args:
             name: A layer's name.
@@ -159,11 +159,11 @@ class Policy:
         return re.sub(r"([*?\[/])", r"[\1]", name)
 
     def strategy_for(self, layer: str, param_type: str | None = None, module_class: type | None = None) -> Strategy:
-        """Returns what a layer, or one parameter type of it, gets.
+        """Returns the strategy for a layer, or for one parameter type of it.
 
         Args:
             layer: The layer's name.
-            param_type: The parameter type; None asks for the layer as a whole, which keys with a slash do not decide.
+            param_type: The parameter type; None for the layer as a whole, which keys with a slash never match.
             module_class: The class of the layer's module, for policies with classes as keys.
 
         Returns:
@@ -178,7 +178,7 @@ class Policy:
         return self.default if override is None else override.strategy
 
     def override_for(self, names: Sequence[str], param_type: str | None, module_class: type | None) -> Override | None:
-        """Returns the entry that governs a parameter type of a layer, or None where the default does.
+        """Returns the entry that governs a parameter type of a layer, or None if the default does.
 
         Args:
             names: The names that the layer answers to.
@@ -205,7 +205,7 @@ def as_policy(value: object, overrides: Overrides | None, where: str) -> Policy:
         The policy.
 
     Raises:
-        SettingError: If `value` is something else, or overrides stand beside a policy.
+        SettingError: If `value` is something else, or a policy comes with overrides.
 
     Example:
         >>> from tamegrad import Clip, Keep

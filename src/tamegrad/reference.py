@@ -1,6 +1,6 @@
-"""What every strategy means, in NumPy float64: the oracle of all tests, and `normalize` for users of NumPy.
+"""What every strategy means, in NumPy float64: the oracle of all tests, and `normalize` for NumPy arrays.
 
-Plain rather than fast. A norm is held as `m·2^e`, so that no finite gradient overflows or underflows on the way.
+Plain rather than fast. A norm is kept as `m·2^e`, so that no finite gradient overflows or underflows on the way.
 """
 
 import math
@@ -15,12 +15,12 @@ from tamegrad.errors import NonFiniteGradientError, SettingError
 from tamegrad.groups import Layer, Parameter, check_overrides, make_plan
 from tamegrad.policy import as_policy
 from tamegrad.report import GroupReport, Report
-from tamegrad.strategies import Clip, ClipValue, OnNonfinite, Renormalize, Strategy, check_on_nonfinite
+from tamegrad.strategies import Clip, ClipValue, Keep, OnNonfinite, Renormalize, Strategy, check_on_nonfinite
 
 __all__ = ["normalize"]
 
 Array: TypeAlias = NDArray[np.inexact[Any]]
-# Float64 or complex128; a complex value counts as two real ones, and has one magnitude.
+# Float64 or complex128; a complex value counts as two real ones in a norm, but has one magnitude.
 Group: TypeAlias = Sequence[NDArray[Any]]
 
 _DTYPES = ("float16", "float32", "float64", "complex64", "complex128")
@@ -33,17 +33,17 @@ def normalize(
     """Normalizes gradients that are NumPy arrays; returns new arrays and leaves the given ones alone.
 
     Args:
-        gradients: From a layer's name to its parameter types to their gradients: float16, float32, float64, complex64
-            or complex128, of any shape.
+        gradients: For each layer name, its parameter types and their gradients: float16, float32, float64, complex64 or
+            complex128, of any shape.
         policy: A `Policy`, a strategy, or a member of `GradientNormalization` (threshold 1.0).
-        on_nonfinite: What happens to a group with NaN or infinity: `"keep"` leaves it as it is, `"zero"` makes it zero,
-            and the other groups are normalized as ever; `"skip"` leaves all groups as they are, `"raise"` raises.
+        on_nonfinite: What happens to a group with NaN or infinity: `"keep"` leaves it as it is and `"zero"` makes it zero,
+            while the other groups are normalized as usual; `"skip"` leaves all groups as they are, `"raise"` raises.
 
     Returns:
-        The gradients afterwards, in the dtypes they had, and the report of the step.
+        The gradients afterwards, in their original dtypes, and the report of the step.
 
     Raises:
-        SettingError: If a setting is unknown, a gradient is no array of these dtypes, or there are no gradients.
+        SettingError: If a setting is unknown, a gradient is not an array of these dtypes, or there are no gradients.
         UnmatchedError: If an override matches no layer.
         NonFiniteGradientError: If a gradient is not finite under `on_nonfinite="raise"`.
 
@@ -108,7 +108,7 @@ def norm_of(group: Group) -> Norm:
         group: Float64 or complex128 arrays of any shapes.
 
     Returns:
-        The norm: 0 of nothing, NaN or infinite if a value is.
+        The norm: 0 for nothing, NaN or infinite if a value is.
 
     Example:
         >>> norm_of([np.array([0.0]), np.array([[-4e200]])]).value
@@ -124,21 +124,42 @@ def norm_of(group: Group) -> Norm:
 
 
 def _apply(strategy: Strategy, group: Group) -> tuple[Group, bool]:
-    """The definitions: what a strategy makes of a finite group (the same object if nothing), and whether it shrank."""
+    """The definitions: returns a finite group after its strategy (the same object if unchanged), and whether it shrank."""
     norm = norm_of(group)
     match strategy:
-        case Clip(threshold) if norm.value > threshold:
-            return _rescaled(group, norm, threshold), True
-        case Renormalize() if norm.value not in (0, 1):
-            return _rescaled(group, norm, 1.0), norm.value > 1
-        case ClipValue(threshold) if any((np.abs(array) > threshold).any() for array in group):
-            return [_limited(array, threshold) for array in group], True
-        case _:
+        case Keep():
             return group, False
+        case Clip(threshold):
+            target = threshold if norm.value > threshold else norm.value
+        case Renormalize():
+            target = 1.0
+        case _ if strategy.limit < math.inf or isinstance(strategy, ClipValue):
+            if not any((np.abs(array) > strategy.limit).any() for array in group):
+                return group, False
+            return [_limited(array, strategy.limit) for array in group], True
+        case _:
+            target = _own_target(strategy, norm.value)
+    if norm.value == 0 or target == norm.value:
+        return group, False
+    return _rescaled(group, norm, target), target < norm.value
+
+
+def _own_target(strategy: Strategy, norm: float) -> float:
+    """Asks a user's strategy, with its settings as they were given."""
+    with np.errstate(all="ignore"):
+        target = float(np.reshape(strategy.target(np.array([norm]), np), ()))
+    if norm > 0 and target != norm and not 0 <= target < math.inf:
+        raise SettingError(
+            f"{type(strategy).__name__}.target",
+            got=f"{target} for a group whose norm is {norm}",
+            allowed="finite norms, 0 or larger, one a group",
+            advice="return the norm itself where nothing should change",
+        )
+    return target
 
 
 def _rescaled(group: Group, norm: Norm, target: float) -> Group:
-    """Returns `target·G/‖G‖`, by one factor where a float64 can hold it."""
+    """Returns `target·G/‖G‖`, with one factor where a float64 can hold it."""
     scale = _ldexp(target / norm.mantissa, -norm.exponent)
     real = [_as_real(array) for array in group]
     if _SMALLEST_NORMAL <= scale < math.inf:
@@ -152,7 +173,7 @@ def _limited(array: NDArray[Any], threshold: float) -> NDArray[Any]:
     """Cuts magnitudes to the threshold: `sign(g)·min(t, |g|)`, where the sign of a complex value is its direction."""
     magnitudes = np.abs(array)
     over = magnitudes > threshold
-    # The magnitude of a complex value may be past what a float64 holds; that of its half never is.
+    # The magnitude of a complex value may overflow float64; that of half of it never does.
     held = np.where(over, np.where(np.isinf(magnitudes), array / 2, array), 1.0)
     return np.where(over, held / np.abs(held) * threshold, array)
 

@@ -13,7 +13,7 @@ __all__ = ["GroupReport", "Report"]
 
 
 class _Array(Protocol):
-    """What NumPy, PyTorch and JAX arrays share and a report needs."""
+    """The part of an array that a report needs; NumPy, PyTorch and JAX all have it."""
 
     def __getitem__(self, index: int, /) -> Any: ...  # noqa: ANN401  a 0-dim array of the same framework
     def tolist(self) -> Any: ...  # noqa: ANN401  nested lists of Python numbers
@@ -28,7 +28,7 @@ class GroupReport:
 
     Args:
         name: The group's name.
-        norm: Its norm before; NaN or infinite if a gradient of it is.
+        norm: Its norm before; NaN or infinite if one of its gradients is.
         scale: The factor that was applied: 1 where nothing changed, 0 for a group that was zeroed.
         norm_after: Its norm after.
         clipped: Whether the strategy made it smaller.
@@ -45,18 +45,20 @@ class GroupReport:
 
 @dataclass(frozen=True)
 class Report(Generic[ArrayT]):
-    """A snapshot of one step; its arrays have one entry a group and stay on their device until they are read.
+    """A snapshot of one step. Its arrays have one entry a group, and stay on their device until they are read.
 
     Args:
         groups: The names of the groups.
-        norms: `(G,)` float64, before; NaN or infinite where a gradient of the group is, 0 where none is there.
+        norms: `(G,)` float64, before; NaN or infinite where a gradient of the group is, 0 where there is none.
         scales: `(G,)` float64, the factors that were applied: 1 where nothing changed, 0 for a group that was zeroed;
-            for `ClipValue` it is `norms_after / norms`.
-        norms_after: `(G,)` float64, what the norms then were, up to rounding to the gradients' dtype.
+            for `ClipValue` it is `norms_after / norms`. NaN if a strategy of your own returned an unusable target on a
+            device: that group was left as it is.
+        norms_after: `(G,)` float64, after, up to rounding to the gradients' dtype.
         clipped: `(G,)` bool, whether the strategy made the group smaller; for `ClipValue`, cut an element.
         nonfinite: `(G,)` int64, how many values are NaN or infinite.
         total_norm: 0-dim float64, the norm of all that was measured, before.
-        skipped: Whether the step was skipped because of a non-finite gradient: nothing was changed, every scale is 1.
+        skipped: Whether the step was skipped because of a non-finite gradient. Then nothing was changed, and every scale
+            is 1.
 
     Example:
         >>> import numpy as np

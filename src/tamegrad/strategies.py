@@ -1,16 +1,21 @@
 """What can be done to a group of gradients: frozen values, checked when they are made.
 
+A strategy owns its meaning: `Strategy.target` says what norm a group ends with, `Strategy.limit` how large an element
+may be, and nothing else in tamegrad knows what a strategy means, except the oracle in `reference.py` and the fused GPU
+kernel, which are tested against it.
+
 Here `G` is all values of one group as a vector, `‖G‖` its Euclidean norm and `t` the threshold. The definitions are
 those of Deeplearning4j's `GradientNormalization` (org.deeplearning4j.nn.conf, 1.0.0-M2.1), without its epsilon.
-Under every strategy an all-zero group stays zero; a group that holds NaN or infinity is never scaled, but treated as
-`on_nonfinite` says.
+Under every strategy an all-zero group stays zero; a group that holds NaN or infinity is never scaled: `on_nonfinite`
+decides what happens to it.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal, TypeAlias, get_args
+from types import ModuleType
+from typing import Any, Literal, TypeAlias, get_args
 
 from tamegrad.errors import SettingError, quoted
 
@@ -18,12 +23,73 @@ __all__ = ["Clip", "ClipValue", "GradientNormalization", "Keep", "OnNonfinite", 
 
 Per: TypeAlias = Literal["layer", "param_type", "tensor", "model"]
 
-# What is done about a group that holds NaN or infinity: left as it is, zeroed, the whole step skipped, an error raised.
+# What happens to a group that holds NaN or infinity: left as it is, zeroed, the whole step skipped, an error raised.
 OnNonfinite: TypeAlias = Literal["keep", "zero", "skip", "raise"]
 
 
+class Strategy:
+    """Base class of all strategies; subclass it to write your own.
+
+    A subclass is a frozen dataclass with a field or property `per` and a method `target`. It then works on every
+    backend, on sharded models and under a loss scale, like the built-in ones. `docs/your-own-strategy.md` shows one
+    from start to end.
+
+    `target` is called once a step for all groups that the class governs, whatever their thresholds: inside it, each
+    field that was given as a float is a `(G,)` float64 array with one entry a group, on the device of `norms`. Fields of
+    other types are as they were given; instances that differ in one of them are called separately.
+
+    Attributes:
+        per: What makes one group: `"layer"`, `"param_type"`, `"tensor"` or `"model"`. `"layer"` by default.
+
+    Example:
+        >>> import numpy as np
+        >>> from tamegrad import normalize
+        >>> @dataclass(frozen=True)
+        ... class Soften(Strategy):
+        ...     threshold: float
+        ...     per: Per = "layer"
+        ...
+        ...     def target(self, norms, xp):
+        ...         return self.threshold * xp.tanh(norms / self.threshold)
+        >>> _, report = normalize({"out": {"weight": np.array([30.0, 40.0])}}, Soften(2.0))
+        >>> report["out"].norm_after
+        2.0
+    """
+
+    __slots__ = ()
+
+    per: Per = "layer"
+
+    def target(self, norms: Any, xp: ModuleType) -> Any:  # noqa: ANN401  arrays of NumPy, PyTorch or JAX
+        """Returns the norms that groups should end with.
+
+        Called with the true norms: without the loss scale, added up over all ranks.
+
+        Args:
+            norms: `(G,)` float64, the norms before. NaN or infinite for groups that are not finite, and infinite for
+                finite float64 groups whose norm is past 1.8e308.
+            xp: The namespace of `norms`: `numpy`, `torch` or `jax.numpy`. Use functions that all three have.
+
+        Returns:
+            `(G,)` float64, the norms after: 0 or larger, and equal to `norms` where nothing should change. What is
+            returned for groups that are zero or not finite is ignored. On the CPU a target that is NaN, negative or
+            infinite raises `SettingError` before any gradient is changed; on a device, where looking would make the
+            host wait, such a group is left as it is and its scale in the report is NaN. Another shape always raises.
+        """
+        del xp
+        return norms
+
+    @property
+    def limit(self) -> float:
+        """The largest magnitude that an element may have; infinity unless the strategy limits elements.
+
+        A strategy with a finite limit is element-wise: its `target` is not called, and its norms after are measured.
+        """
+        return math.inf
+
+
 @dataclass(frozen=True, slots=True)
-class Keep:
+class Keep(Strategy):
     """Leaves every group as it is, and measures it. The group is the layer.
 
     Example:
@@ -31,17 +97,12 @@ class Keep:
         Keep()
     """
 
-    @property
-    def per(self) -> Per:
-        """What makes one group."""
-        return "layer"
-
     def __str__(self) -> str:
         return "Keep()"
 
 
 @dataclass(frozen=True, slots=True)
-class Clip:
+class Clip(Strategy):
     """`G` if `‖G‖ ≤ t`, else `t·G/‖G‖`: the norm of a group ends at or under the threshold, the direction is kept.
 
     The comparison is strict: a group exactly at the threshold keeps its bits. A zero group stays zero.
@@ -52,7 +113,7 @@ class Clip:
             `"model"`.
 
     Raises:
-        SettingError: If the threshold is NaN, zero, negative or no number, or `per` is unknown.
+        SettingError: If the threshold is NaN, zero, negative or not a number, or `per` is unknown.
 
     Example:
         >>> Clip(1.0)
@@ -64,14 +125,18 @@ class Clip:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "threshold", _checked_threshold("Clip", self.threshold))
-        _check_per("Clip", self.per)
+        check_per("Clip", self.per)
+
+    def target(self, norms: Any, xp: ModuleType) -> Any:  # noqa: ANN401  arrays of NumPy, PyTorch or JAX
+        """Returns the norms, at most the threshold."""
+        return xp.minimum(norms, self.threshold)
 
     def __str__(self) -> str:
         return f'Clip({self.threshold:g}, per="{self.per}")'
 
 
 @dataclass(frozen=True, slots=True)
-class ClipValue:
+class ClipValue(Strategy):
     """Each value `g` becomes `sign(g)·min(t, |g|)`. The group that is reported is the layer.
 
     Args:
@@ -79,7 +144,7 @@ class ClipValue:
             measures.
 
     Raises:
-        SettingError: If the threshold is NaN, zero, negative or no number.
+        SettingError: If the threshold is NaN, zero, negative or not a number.
 
     Example:
         >>> ClipValue(0.5)
@@ -92,19 +157,19 @@ class ClipValue:
         object.__setattr__(self, "threshold", _checked_threshold("ClipValue", self.threshold))
 
     @property
-    def per(self) -> Per:
-        """What makes one group in the report."""
-        return "layer"
+    def limit(self) -> float:
+        """The threshold."""
+        return self.threshold
 
     def __str__(self) -> str:
         return f"ClipValue({self.threshold:g})"
 
 
 @dataclass(frozen=True, slots=True)
-class Renormalize:
+class Renormalize(Strategy):
     """`G/‖G‖`: the norm of every group becomes 1, however small or large it was; a zero group stays zero.
 
-    A step never shrinks under this strategy, so a run that has converged keeps moving by the learning rate.
+    Steps never shrink under this strategy, so a run that has converged keeps moving by the learning rate.
 
     Args:
         per: What makes one group: `"layer"`, `"param_type"` (each parameter type of a layer on its own), `"tensor"` or
@@ -121,17 +186,18 @@ class Renormalize:
     per: Per = "layer"
 
     def __post_init__(self) -> None:
-        _check_per("Renormalize", self.per)
+        check_per("Renormalize", self.per)
+
+    def target(self, norms: Any, xp: ModuleType) -> Any:  # noqa: ANN401  arrays of NumPy, PyTorch or JAX
+        """Returns 1 for every group."""
+        return xp.ones_like(norms)
 
     def __str__(self) -> str:
         return f'Renormalize(per="{self.per}")'
 
 
-Strategy: TypeAlias = Keep | Clip | ClipValue | Renormalize
-
-
 class GradientNormalization(StrEnum):
-    """Deeplearning4j's six strategies under its own spellings; calling a member with a threshold gives the strategy.
+    """Deeplearning4j's six strategies with its exact spellings; call a member with a threshold to get the strategy.
 
     Example:
         >>> GradientNormalization("ClipL2PerLayer")(0.5)
@@ -151,13 +217,13 @@ class GradientNormalization(StrEnum):
         """Returns the strategy of that name.
 
         Args:
-            threshold: As in `Clip` and `ClipValue`; ignored by `NONE` and the renormalizations, as in Deeplearning4j.
+            threshold: As in `Clip` and `ClipValue`; ignored by `NONE` and the two renormalizations, as in Deeplearning4j.
 
         Returns:
             The strategy.
 
         Raises:
-            SettingError: If the strategy has a threshold and this one is NaN, zero, negative or no number.
+            SettingError: If the strategy takes a threshold and it is NaN, zero, negative or not a number.
         """
         return _MAKERS[self](threshold)
 
@@ -177,7 +243,7 @@ def as_strategy(value: object, where: str) -> Strategy:
 
     Args:
         value: A strategy, a member of `GradientNormalization` (threshold 1.0), or None for `Keep()`.
-        where: The setting it was given for, for the message.
+        where: The setting it was passed for, for the message.
 
     Returns:
         The strategy.
@@ -194,13 +260,36 @@ def as_strategy(value: object, where: str) -> Strategy:
     if isinstance(value, GradientNormalization):
         return value()
     if isinstance(value, Strategy):
+        _check_own(value, where)
         return value
     raise SettingError(
         where,
         got=repr(value),
-        allowed="Keep(), Clip(...), ClipValue(...), Renormalize(...), a member of GradientNormalization, or None",
+        allowed="Keep(), Clip(...), ClipValue(...), Renormalize(...), an instance of your own subclass of Strategy, "
+        "a member of GradientNormalization, or None",
         advice='pass for example Clip(1.0, per="layer") or GradientNormalization("ClipL2PerLayer")',
     )
+
+
+def _check_own(strategy: Strategy, where: str) -> None:
+    """Rejects a strategy that could change, or could not be compared, once the plan is made."""
+    name = type(strategy).__name__
+    if "__dataclass_fields__" not in vars(type(strategy)) or not _is_hashable(strategy):
+        raise SettingError(
+            where,
+            got=f"a {name}, which is no frozen dataclass of its own, or has a field that cannot be hashed",
+            allowed="a subclass of Strategy that is a frozen dataclass of numbers, strings and the like",
+            advice=f"write @dataclass(frozen=True) above class {name}, and use tuples instead of lists",
+        )
+    check_per(name, strategy.per)
+
+
+def _is_hashable(value: object) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
 
 
 def _checked_threshold(strategy: str, threshold: object) -> float:
@@ -221,7 +310,7 @@ def _checked_threshold(strategy: str, threshold: object) -> float:
 
 
 def check_on_nonfinite(value: object) -> None:
-    """Refuses a choice of `on_nonfinite` that does not exist.
+    """Rejects an unknown `on_nonfinite`.
 
     Args:
         value: What the user passed.
@@ -234,7 +323,16 @@ def check_on_nonfinite(value: object) -> None:
     )
 
 
-def _check_per(strategy: str, per: object) -> None:
+def check_per(strategy: str, per: object) -> None:
+    """Rejects an unknown `per`.
+
+    Args:
+        strategy: The name of the strategy, for the message.
+        per: What the user passed.
+
+    Raises:
+        SettingError: If it is not one of `Per`.
+    """
     _check_choice(f"{strategy}(per)", per, get_args(Per), advice='"layer" is the usual choice')
 
 

@@ -1,4 +1,4 @@
-"""The judge can say every word, the table shows the known faults, and the page is what the script gives today."""
+"""Tests every word of the judge, the known faults in the table, and the page against the script."""
 
 import importlib
 import importlib.util
@@ -14,7 +14,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "hostile-gradients.md"
-sys.path.insert(0, str(ROOT / "benchmarks"))  # scripts, in no package
+sys.path.insert(0, str(ROOT / "benchmarks"))  # scripts, not in a package
 hostile = importlib.import_module("hostile")
 judging = importlib.import_module("hostile_judge")
 tools = importlib.import_module("hostile_torch")
@@ -26,7 +26,7 @@ def layers(**values: list[float]) -> dict[str, dict[str, Tensor]]:
     return {layer: {"weight": torch.tensor(numbers)} for layer, numbers in values.items()}
 
 
-# What shares a norm, the threshold, before, after, and the word with what stands in brackets.
+# The group that shares a norm, the threshold, before, after, and the expected verdict.
 CASES = [
     ("layer", 1.0, layers(a=[3.0, 4.0]), layers(a=[0.6, 0.8]), "right"),
     ("layer", 1.0, layers(a=[3.0, 4.0]), layers(a=[0.6000002, 0.8]), "right"),
@@ -41,12 +41,12 @@ CASES = [
     ("layer", 5.0, layers(a=[3.0, 4.0]), layers(a=[3.0, 4.0]), "right"),
     ("layer", 5.0, layers(a=[3.0, 4.0]), layers(a=[2.9999998, 4.0]), "changed (-2.9e-06%)"),
     ("layer", 5.0, layers(a=[3.0, 4.0]), layers(a=[0.0, 0.0]), "zeroed"),
-    # Two layers: each has a norm of its own, or both share one.
+    # Two layers: each has its own norm, or both share one.
     ("layer", 1.0, layers(a=[3.0], b=[4.0]), layers(a=[1.0], b=[1.0]), "right"),
     ("model", 1.0, layers(a=[3.0], b=[4.0]), layers(a=[0.6], b=[0.8]), "right"),
     ("model", 1.0, layers(a=[3.0], b=[4.0]), layers(a=[1.0], b=[1.0]), "wrong direction"),
     ("layer", 1.0, layers(a=[3.0], b=[4.0]), layers(a=[0.0], b=[4.0]), "zeroed"),
-    # A bad layer and a good one: the good one is to be as if the other were not there, the bad one no worse.
+    # A bad layer and a good one: the good one must come out as if it were alone, the bad one unchanged.
     ("model", 1.0, layers(a=[math.nan, 2.0], b=[4.0]), layers(a=[math.nan, 2.0], b=[1.0]), "right"),
     ("model", 1.0, layers(a=[math.nan, 2.0], b=[4.0]), layers(a=[math.nan, 2.0], b=[4.0]), "untouched"),
     (
@@ -66,27 +66,25 @@ CASES = [
     ("layer", 1.0, layers(a=[math.nan, 2.0], b=[4.0]), layers(a=[math.nan] * 2, b=[1.0]), "NaN"),
     ("layer", 1.0, layers(a=[math.inf, 2.0], b=[4.0]), layers(a=[0.0, 0.0], b=[1.0]), "zeroed"),
     ("layer", 1.0, layers(a=[math.inf, 2.0], b=[4.0]), layers(a=[math.inf, 1.0], b=[1.0]), "changed"),
-    # Value by value; those that were not finite are not judged.
+    # Value by value; non-finite ones are not judged.
     ("value", 1.0, layers(a=[3.0, -0.5]), layers(a=[1.0, -0.5]), "right"),
     ("value", 1.0, layers(a=[3.0, -0.5]), layers(a=[0.6, -0.1]), "wrong direction"),
     ("value", 1.0, layers(a=[math.inf, 3.0]), layers(a=[1.0, 1.0]), "right"),
     ("value", 1.0, layers(a=[math.nan, 3.0]), layers(a=[math.nan, 3.0]), "untouched"),
-    # No threshold at all: nothing that changes or keeps the gradients is right.
+    # An invalid threshold: only raising is right.
     ("layer", -1.0, layers(a=[3.0, 4.0]), layers(a=[-0.6, -0.8]), "wrong direction"),
     ("layer", math.nan, layers(a=[3.0, 4.0]), layers(a=[3.0, 4.0]), "untouched"),
     ("layer", math.nan, layers(a=[3.0, 4.0]), layers(a=[0.6, 0.8]), "changed (-80%)"),
 ]
 
 
-@pytest.mark.parametrize(("per", "threshold", "before", "after", "said"), CASES)
-def test_the_judge_says_what_became_of_gradients(
-    per: str, threshold: float, before: Any, after: Any, said: str
-) -> None:
-    assert str(judging.judge(per, threshold, before, after)) == said
+@pytest.mark.parametrize(("per", "threshold", "before", "after", "verdict"), CASES)
+def test_the_judge_names_the_outcome(per: str, threshold: float, before: Any, after: Any, verdict: str) -> None:
+    assert str(judging.judge(per, threshold, before, after)) == verdict
 
 
 def test_every_word_is_tested_and_explained() -> None:
-    judged = {said.split(" (")[0] for *_, said in CASES}
+    judged = {verdict.split(" (")[0] for *_, verdict in CASES}
     assert judged | {Word.RAISED, Word.NOT_APPLICABLE} == set(Word)
     assert set(judging.MEANINGS) == set(Word)
 
@@ -108,7 +106,7 @@ def test_a_shared_gradient_may_count_once_or_twice() -> None:
     assert str(judging.judge("model", 1.0, before, after)) == "wrong norm (-90%)"
 
 
-def test_raising_is_an_outcome_that_tells_whether_anything_was_changed_before() -> None:
+def test_raising_is_an_outcome_that_reports_earlier_changes() -> None:
     def refuse(_gradients: Any, _threshold: float) -> Any:
         raise NotImplementedError
 
@@ -122,12 +120,12 @@ def test_raising_is_an_outcome_that_tells_whether_anything_was_changed_before() 
     row = inputs.Input("made up", 1.0, lambda: layers(a=[3.0, 4.0]))
     assert str(judging.outcome(judging.Tool("", "layer", refuse), row)) == "raised (NotImplementedError)"
     late = judging.outcome(judging.Tool("", "layer", refuse_late), row)
-    assert str(late) == "raised (ValueError, some were changed before)"
+    assert str(late) == "raised (ValueError, some already changed)"
     with pytest.raises(TypeError):
         judging.outcome(judging.Tool("", "layer", fail), row)
 
 
-def test_a_tool_is_not_given_what_its_framework_does_not_have() -> None:
+def test_a_tool_does_not_get_inputs_that_its_framework_lacks() -> None:
     tool = judging.Tool("", "layer", lambda gradients, _: gradients, frozenset({"sparse"}))
     row = inputs.Input("made up", 1.0, lambda: layers(a=[3.0, 4.0]), needs="sparse")
     assert judging.outcome(tool, row).word == Word.NOT_APPLICABLE
@@ -145,7 +143,7 @@ def cells(judged: list[Any]) -> dict[tuple[str, str], str]:
 
 
 def read_table(text: str) -> dict[tuple[str, str], str]:
-    """Reads the first table of a page: from an input and a tool to what is said, without percentages."""
+    """Reads the first table of a page: input and tool to verdict, without percentages."""
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
     tools_there = rows[0][1:]
     return {
@@ -155,8 +153,8 @@ def read_table(text: str) -> dict[tuple[str, str], str]:
     }
 
 
-# The norm of a group that holds NaN or infinity is not known, and tamegrad keeps such a group: over the model that is
-# all of it, under `ClipValue` the layer.
+# A group that holds NaN or infinity has no norm, so tamegrad leaves it unchanged: with `per="model"` that is the whole
+# model, under `ClipValue` the layer.
 KEPT = {
     (row, tool)
     for row in ("one NaN in one of two layers", "one +inf in one of two layers")
@@ -166,16 +164,16 @@ KEPT = {
 
 def test_tamegrad_is_right_wherever_it_should_be(cells: dict[tuple[str, str], str]) -> None:
     refused = {row.name for row in hostile.INPUTS if not row.threshold > 0}
-    ours = {place: said for place, said in cells.items() if place[1].startswith("tamegrad")}
+    ours = {place: verdict for place, verdict in cells.items() if place[1].startswith("tamegrad")}
     assert len(ours) == 3 * len(hostile.INPUTS)
-    for (row, tool), said in ours.items():
+    for (row, tool), verdict in ours.items():
         expected = "raised (SettingError)" if row in refused else "untouched" if (row, tool) in KEPT else "right"
-        assert said == expected, (row, tool)
+        assert verdict == expected, (row, tool)
 
 
-# Measured before this table was made, by other code.
+# Measured before this table was made, by independent code.
 @pytest.mark.parametrize(
-    ("row", "tool", "said"),
+    ("row", "tool", "verdict"),
     [
         ("float32, values of 1e25, over threshold 1", "torch `clip_grad_norm_`", "zeroed"),
         ("float16, 200,000 values of 300, over threshold 1", "torch `clip_grad_norm_`", "zeroed"),
@@ -192,24 +190,24 @@ def test_tamegrad_is_right_wherever_it_should_be(cells: dict[tuple[str, str], st
         ("no gradient at all", "torch `clip_grad_value_`", "raised (RuntimeError)"),
     ],
 )
-def test_the_table_shows_the_known_faults(cells: dict[tuple[str, str], str], row: str, tool: str, said: str) -> None:
-    assert cells[row, tool] == said
+def test_the_table_shows_the_known_faults(cells: dict[tuple[str, str], str], row: str, tool: str, verdict: str) -> None:
+    assert cells[row, tool] == verdict
 
 
 def test_ordinary_gradients_are_right_under_every_tool(cells: dict[tuple[str, str], str]) -> None:
-    ordinary = [said for (row, _), said in cells.items() if row.startswith("ordinary")]
+    ordinary = [verdict for (row, _), verdict in cells.items() if row.startswith("ordinary")]
     assert len(ordinary) == 2 * 6
     assert set(ordinary) == {"right"}
 
 
-def test_the_page_is_what_the_script_gives(cells: dict[tuple[str, str], str], judged: list[Any]) -> None:
+def test_the_page_matches_the_script(cells: dict[tuple[str, str], str], judged: list[Any]) -> None:
     written = PAGE.read_text(encoding="utf-8")
     there = read_table(written)
     tools_here = {tool for _, tool in cells}
-    assert {place: said for place, said in there.items() if place[1] in tools_here} == cells
+    assert {place: verdict for place, verdict in there.items() if place[1] in tools_here} == cells
     assert {row for row, _ in there} == {row.name for row in hostile.INPUTS}
     assert {tool.split(maxsplit=1)[0].rstrip(",") for _, tool in there} == {"torch", "optax", "Keras", "tamegrad"}
-    # The text around the table, but for what was measured when.
+    # The text around the table, without the line with versions and date.
     today = hostile.page(judged, ["torch"], [])
     kept = [[line for line in page.splitlines() if not line.startswith(("|", "Made by"))] for page in (written, today)]
     assert kept[0] == kept[1]

@@ -4,13 +4,14 @@ The lists come from the code, so that nothing new can be left out.
 """
 
 from dataclasses import fields
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from support.contract import (
+    BUILT_IN,
     QUICK_BACKENDS,
     Case,
     assert_contract,
@@ -24,7 +25,7 @@ from support.contract import (
 from tamegrad import ClipValue, Report, normalize
 from tamegrad.strategies import OnNonfinite, Strategy
 from tamegrad.torch import GradientNormalizer
-from tamegrad.torch.gradients import DTYPES
+from tamegrad.torch.memory import DTYPES
 
 SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
     "first": {"weight": (7, 9), "bias": (7,)},
@@ -78,7 +79,7 @@ class TestContract:
 def test_a_group_exactly_at_its_threshold_keeps_its_bits_and_one_above_does_not(
     dtype: torch.dtype, backend: Any
 ) -> None:
-    for kind in get_args(Strategy):
+    for kind in BUILT_IN:
         if "threshold" not in {field.name for field in fields(kind)}:
             continue
         case = a_case(dtype)

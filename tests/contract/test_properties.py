@@ -16,7 +16,7 @@ from support.contract import QUICK_BACKENDS, Case, Tensors, as_real, assert_cont
 from tamegrad import Clip, ClipValue, GradientNormalization, Keep, NonFiniteGradientError, Policy, Renormalize
 from tamegrad.strategies import OnNonfinite, Per
 from tamegrad.torch import GradientNormalizer
-from tamegrad.torch.gradients import DTYPES
+from tamegrad.torch.memory import DTYPES
 
 # How hypothesis draws the values of a dtype: bfloat16 has float32's range and is rounded to afterwards.
 WIDTHS: dict[torch.dtype, Any] = {

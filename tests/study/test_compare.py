@@ -20,7 +20,7 @@ def run_of(strategy: str, first: float, final: float, losses: tuple[float, ...] 
     return run
 
 
-def test_runs_come_in_the_order_that_was_asked_for(text: Text) -> None:
+def test_runs_are_in_the_requested_order(text: Text) -> None:
     seen: list[str] = []
     names = ("torch-global", "None")
     comparison = compare(Settings(strategies=names, steps=2), text, lambda run: seen.append(run.strategy))
@@ -29,7 +29,7 @@ def test_runs_come_in_the_order_that_was_asked_for(text: Text) -> None:
     assert not comparison.partial
 
 
-def test_interrupted_it_has_all_that_was_measured(text: Text) -> None:
+def test_an_interrupted_comparison_keeps_the_results_so_far(text: Text) -> None:
     def interrupt(run: Run) -> None:
         if run.strategy == "ClipL2PerLayer" and len(run.steps) == 2:
             raise KeyboardInterrupt
@@ -43,7 +43,7 @@ def test_interrupted_it_has_all_that_was_measured(text: Text) -> None:
     ]
 
 
-def test_the_number_of_threads_is_left_as_it_was(text: Text) -> None:
+def test_the_number_of_threads_is_restored(text: Text) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -58,15 +58,17 @@ def test_the_number_of_threads_is_left_as_it_was(text: Text) -> None:
 def test_the_lowest_final_loss_is_recommended() -> None:
     name, why = recommend([run_of("None", 5.5, 3.0), run_of("ClipL2PerLayer", 5.5, 2.5, threshold=0.5)])
     assert name == "ClipL2PerLayer"
-    assert why == ("Use ClipL2PerLayer (threshold 0.5): held-out loss 2.500, the lowest of those that did not diverge.")
+    assert why == (
+        "Use ClipL2PerLayer (threshold 0.5): held-out loss 2.500, the lowest of the runs that did not diverge."
+    )
 
 
-def test_what_chance_may_turn_around_and_what_diverged_on_the_way_is_said() -> None:
+def test_close_runs_and_lower_runs_that_diverged_are_mentioned() -> None:
     runs = [run_of("a", 5.5, 2.51), run_of("b", 5.5, 2.5), run_of("c", 5.5, 2.0, losses=(5.0, 99.0, 2.0))]
     name, why = recommend(runs)
     assert name == "b"
-    assert " As good, within 0.02: a." in why
-    assert " Lower, but diverged on the way: c (2.000, at step 2)." in why
+    assert " As good (within 0.02): a." in why
+    assert " Lower, but diverged along the way: c (2.000, at step 2)." in why
 
 
 @pytest.mark.parametrize(
@@ -78,14 +80,14 @@ def test_what_chance_may_turn_around_and_what_diverged_on_the_way_is_said() -> N
         run_of("stopped", 5.5, float("nan"), ended="non-finite"),
     ],
 )
-def test_a_run_that_did_not_hold_is_not_recommended(run: Run) -> None:
+def test_a_run_that_failed_is_not_recommended(run: Run) -> None:
     name, why = recommend([run])
     assert name is None
-    sentence = "No strategy can be recommended: no completed run both held and learned."
-    # What is not over cannot be mended yet.
+    sentence = "No strategy can be recommended: no completed run learned without diverging."
+    # An interrupted run needs no advice.
     advice = "" if run.ended == "interrupted" else " Try a smaller --lr or --threshold."
     assert why == sentence + advice
 
 
-def test_without_a_run_nothing_is_recommended() -> None:
+def test_without_runs_nothing_is_recommended() -> None:
     assert recommend([])[0] is None

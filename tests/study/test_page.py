@@ -20,7 +20,7 @@ LOADING = ("src", "href", "srcset", "data", "action", "poster")
 
 
 class Elements(HTMLParser):
-    """What a browser would load, and the text that it would show."""
+    """What a browser would load, and the text it would show."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Elements(HTMLParser):
 @pytest.fixture(scope="module")
 def results() -> Results:
     text = Text(b"ninety-nine bottles of beer on the wall\n" * 500, "<i>a song</i></script>", 1)
-    # Large enough that the run without normalization is not finite before it ends.
+    # The learning rate makes the run without normalization non-finite before it ends.
     comparison = compare(Settings(steps=4, lr=1e4), text, lambda _: None)
     return make_results(comparison, ENVIRONMENT)
 
@@ -71,29 +71,29 @@ def charts(page: Elements) -> dict[str, Any]:
     return decoded
 
 
-def test_it_loads_nothing(page: Elements) -> None:
+def test_the_page_loads_nothing(page: Elements) -> None:
     assert page.loads == []
     assert not {"link", "img", "iframe", "object"} & set(page.tags)
 
 
-def test_the_browser_is_told_to_load_nothing(results: Results) -> None:
+def test_the_content_security_policy_forbids_loading(results: Results) -> None:
     policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]+)"', make_page(results))
     assert policy is not None
     assert policy[1].startswith("default-src 'none'; ")
     assert "http" not in policy[1]
 
 
-def test_it_shows_every_strategy_and_what_to_use(page: Elements, results: Results) -> None:
+def test_the_page_shows_every_strategy_and_the_recommendation(page: Elements, results: Results) -> None:
     assert all(name in page.shown for name in STRATEGIES)
     assert results["recommendation"] in page.shown
 
 
-def test_what_users_wrote_is_shown_as_they_wrote_it(page: Elements) -> None:
+def test_text_from_users_is_escaped(page: Elements) -> None:
     assert "<i>a song</i></script>" in page.shown
     assert "tamegrad compare --text '<b>&'" in page.shown
 
 
-def test_it_has_a_dark_and_a_light_theme_with_a_colour_a_strategy(results: Results) -> None:
+def test_both_themes_have_a_colour_for_every_strategy(results: Results) -> None:
     source = make_page(results)
     light, dark = source.split("@media (prefers-color-scheme: dark)")[:2]
     for number in range(len(STRATEGIES)):
@@ -102,31 +102,31 @@ def test_it_has_a_dark_and_a_light_theme_with_a_colour_a_strategy(results: Resul
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_plotly_knows_all_that_the_charts_say(charts: dict[str, Any]) -> None:
+def test_the_charts_are_valid_plotly_figures(charts: dict[str, Any]) -> None:
     assert set(charts) == {"held-out", "training", "norms"}
     for figure in charts.values():
         layout = dict(figure["layout"])
         for kind in ("shapes", "annotations"):
-            # The page takes `meta` off before plotly sees it.
+            # The page removes `meta` before plotly sees it.
             items = layout.pop(kind)
             layout[kind] = [{key: value for key, value in item.items() if key != "meta"} for item in items]
         go.Figure({"data": figure["data"], "layout": layout})
 
 
-def test_a_strategy_has_one_colour_in_every_chart(charts: dict[str, Any]) -> None:
+def test_a_strategy_has_the_same_colour_in_every_chart(charts: dict[str, Any]) -> None:
     for name in ("held-out", "training"):
         colors = {trace["meta"]["strategy"]: trace["meta"]["color"] for trace in charts[name]["data"]}
         assert colors == {strategy: number for number, strategy in enumerate(STRATEGIES)}
 
 
-def test_a_run_that_diverged_has_a_cross_where_it_did(charts: dict[str, Any], results: Results) -> None:
+def test_a_run_that_diverged_has_a_cross_at_that_step(charts: dict[str, Any], results: Results) -> None:
     diverged = {run["strategy"]: run["diverged_at"] for run in results["runs"] if run["diverged_at"] is not None}
     assert "None" in diverged
     crosses = {trace["name"]: trace["x"][0] for trace in charts["training"]["data"] if trace["mode"] == "markers"}
     assert crosses == diverged
 
 
-def test_what_is_not_finite_is_marked_in_the_heat_map(charts: dict[str, Any], results: Results) -> None:
+def test_nonfinite_norms_are_marked_in_the_heat_map(charts: dict[str, Any], results: Results) -> None:
     run = results["runs"][0]
     assert run["ended"] == "non-finite"
     assert any(trace.get("meta") == "nonfinite" for trace in charts["norms"]["data"])
@@ -136,19 +136,19 @@ def test_what_is_not_finite_is_marked_in_the_heat_map(charts: dict[str, Any], re
     assert any(f"stopped at step {len(run['norm'])}: not finite from here" in note for note in notes)
 
 
-def test_a_heat_map_for_every_strategy(charts: dict[str, Any]) -> None:
+def test_every_strategy_has_a_heat_map(charts: dict[str, Any]) -> None:
     panels = [trace for trace in charts["norms"]["data"] if trace.get("meta") != "nonfinite"]
     assert len(panels) == len(STRATEGIES)
     assert all(panel["y"] == ["embedding", "rnn.l0", "rnn.l1", "out"] for panel in panels)
 
 
-def test_what_is_partial_says_so(tmp_path: Path) -> None:
+def test_a_partial_comparison_says_so(tmp_path: Path) -> None:
     interrupted = Comparison(Settings(), Text(b"text", "a song", 1), (Run("None", None),), partial=True)
     file = write_page(make_results(interrupted, ENVIRONMENT), tmp_path)
     assert "This comparison was interrupted" in Elements(file.read_text(encoding="utf-8")).shown
 
 
-def test_the_terminal_says_the_same(results: Results, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_terminal_shows_the_same_results(results: Results, capsys: pytest.CaptureFixture[str]) -> None:
     print_results(results)
     shown = capsys.readouterr().out
     assert all(name in shown for name in STRATEGIES)

@@ -9,7 +9,7 @@ from tamegrad.study import settings
 from tamegrad.study.settings import STRATEGIES, Settings, strategy_of, threshold_of
 
 
-def test_the_defaults_are_these() -> None:
+def test_the_defaults() -> None:
     assert Settings() == Settings(network="rnn", strategies=STRATEGIES, threshold=None, steps=300, seed=0, lr=0.25)
     assert settings.LEARNING_RATES == {"rnn": 0.25, "lstm": 2.0}
     assert settings.THRESHOLDS == {
@@ -21,7 +21,7 @@ def test_the_defaults_are_these() -> None:
     assert math.isclose(settings.DIVERGED_LOSS, 2 * math.log(256))
 
 
-def test_the_strategies_are_deeplearning4js_six_and_torchs() -> None:
+def test_the_strategies_are_deeplearning4js_six_and_torch_global() -> None:
     assert STRATEGIES == (
         "None",
         "RenormalizeL2PerLayer",
@@ -38,7 +38,7 @@ def test_a_strategy_named_twice_is_trained_once() -> None:
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_a_threshold_is_for_every_strategy_that_has_one(name: str) -> None:
+def test_a_threshold_applies_to_every_strategy_that_has_one(name: str) -> None:
     has_one = name not in {"None", "RenormalizeL2PerLayer", "RenormalizeL2PerParamType"}
     assert threshold_of(name, 0.25) == (0.25 if has_one else None)
     assert ("0.25" in str(strategy_of(name, threshold_of(name, 0.25)))) == has_one
@@ -53,8 +53,8 @@ def test_a_threshold_is_for_every_strategy_that_has_one(name: str) -> None:
         ({"threshold": 0.0}, "--threshold: got 0.0; allowed: a number above 0, or inf to measure only; next: leave"),
         ({"threshold": -1.0}, "--threshold: got -1.0; allowed: a number above 0"),
         ({"threshold": math.nan}, "--threshold: got nan; allowed: a number above 0"),
-        ({"steps": 0}, "--steps: got 0; allowed: a whole number from 1; next: leave it out for 300"),
-        ({"steps": -5}, "--steps: got -5; allowed: a whole number from 1"),
+        ({"steps": 0}, "--steps: got 0; allowed: a whole number of at least 1; next: leave it out for 300"),
+        ({"steps": -5}, "--steps: got -5; allowed: a whole number of at least 1"),
         ({"seed": -1}, "--seed: got -1; allowed: a whole number from 0 to 2**63 - 1; next: leave it out for 0"),
         ({"seed": 2**63}, "--seed: got 9223372036854775808; allowed"),
         ({"lr": 0.0}, "--lr: got 0.0; allowed: a finite number above 0; next: leave it out for 0.25"),
@@ -63,6 +63,6 @@ def test_a_threshold_is_for_every_strategy_that_has_one(name: str) -> None:
         ({"lr": math.nan}, "--lr: got nan; allowed"),
     ],
 )
-def test_what_cannot_be_is_refused(given: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_refused(given: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingError, match=re.escape(message)):
         Settings(**given)

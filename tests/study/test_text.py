@@ -26,14 +26,14 @@ def test_the_last_tenth_is_held_out(text_file: Path) -> None:
     assert len(text.data) - text.held_out_from == len(text.data) // 10
 
 
-def test_the_default_is_pythons_own_source_and_bounded() -> None:
+def test_the_default_is_pythons_standard_library_up_to_the_limit() -> None:
     text = read_text(None)
     assert len(text.data) <= 2_000_000
     assert b"import" in text.data
     assert text == read_text(None)
 
 
-def test_of_a_folder_text_files_count_in_the_order_of_their_paths(tmp_path: Path) -> None:
+def test_text_files_of_a_folder_are_read_in_path_order(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     (tmp_path / ".git").mkdir()
     (tmp_path / "b" / "one.md").write_text("b" * 6000)
@@ -49,9 +49,7 @@ def test_of_a_folder_text_files_count_in_the_order_of_their_paths(tmp_path: Path
     assert text.files == 2
 
 
-def test_a_limit_that_cuts_a_character_drops_what_is_left_of_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_character_that_the_limit_cuts_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MOST_BYTES", 10_001)
     file = tmp_path / "umlauts.txt"
     file.write_text("ä" * 6000, encoding="utf-8")
@@ -68,21 +66,23 @@ def test_a_limit_that_cuts_a_character_drops_what_is_left_of_it(
         ("ä".encode()[:1], "a binary file"),
     ],
 )
-def test_what_is_no_text_or_too_little_is_refused(tmp_path: Path, content: bytes, found: str) -> None:
+def test_binary_and_short_files_are_refused(tmp_path: Path, content: bytes, found: str) -> None:
     file = tmp_path / "given.txt"
     file.write_bytes(content)
     with pytest.raises(SettingError, match=re.escape(f"--text {file}: got {found}; allowed: ")):
         read_text(file)
 
 
-def test_a_path_where_nothing_is_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match="got a path where nothing is; allowed: a text file or a folder; next: pass"):
+def test_a_missing_path_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        SettingError, match="got a path that does not exist; allowed: a text file or a folder; next: pass"
+    ):
         read_text(tmp_path / "missing.txt")
 
 
-def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+def test_a_pipe_is_refused_without_blocking(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(SettingError, match="got something that is no regular file"):
+    with pytest.raises(SettingError, match="got something that is not a regular file"):
         read_text(tmp_path / "pipe")
 
 
@@ -94,9 +94,7 @@ def test_a_folder_without_text_is_refused(tmp_path: Path, content: bytes | None)
         read_text(tmp_path)
 
 
-def test_a_file_that_cannot_be_read_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text_file: Path
-) -> None:
+def test_an_unreadable_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text_file: Path) -> None:
     def refuse(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 

@@ -29,7 +29,7 @@ def recorded(run: Run) -> list[object]:
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-def test_a_network_has_the_layers_of_the_charts(network: str, text: Text) -> None:
+def test_every_network_has_the_layers_of_the_charts(network: str, text: Text) -> None:
     settings = Settings(network=network, strategies=("RenormalizeL2PerParamType",), steps=1)
     run = new_run(settings, "RenormalizeL2PerParamType")
     train(settings, text, run, lambda _: None)
@@ -44,7 +44,7 @@ def test_the_same_seed_gives_the_same_parameters_and_another_seed_others() -> No
     assert not torch.equal(first, other)
 
 
-def test_making_a_network_leaves_the_callers_random_numbers_alone() -> None:
+def test_making_a_network_does_not_change_the_global_random_state() -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -68,14 +68,14 @@ def test_another_seed_gives_other_numbers(text: Text) -> None:
     assert recorded(trained(text, "None", seed=1)) != recorded(trained(text, "None", seed=2))
 
 
-def test_all_strategies_start_alike_and_part_at_the_first_step(text: Text) -> None:
+def test_all_strategies_start_equal_and_differ_after_the_first_step(text: Text) -> None:
     runs = [trained(text, strategy, steps=2) for strategy in STRATEGIES]
     assert len({run.held_out[0] for run in runs}) == 1
     assert len({run.steps[0].loss for run in runs}) == 1
-    # The first gradient may be under one of the thresholds: that run and the one without are then still the same.
+    # If the first gradient is under a threshold, that run still equals the one without normalization.
     assert len({run.steps[1].loss for run in runs}) >= len(STRATEGIES) - 1
     for run in runs:
-        # Whatever the groups are, a layer's norm is that of all its parameters.
+        # A layer's norm is that of all its parameters, however they are grouped.
         assert run.steps[0].layer_norms == pytest.approx(runs[0].steps[0].layer_norms, rel=1e-9)
         assert math.hypot(*run.steps[0].layer_norms) == pytest.approx(run.steps[0].norm, rel=1e-9)
 
@@ -87,12 +87,12 @@ def test_none_clips_nothing_and_a_tiny_threshold_clips_every_layer(text: Text) -
         assert not any(any(step.layer_clipped) for step in trained(text, strategy, threshold=math.inf).steps)
 
 
-def test_an_infinite_threshold_trains_as_none_does(text: Text) -> None:
+def test_an_infinite_threshold_trains_like_none(text: Text) -> None:
     runs = [trained(text, strategy, threshold=math.inf) for strategy in ("None", "ClipL2PerLayer", "torch-global")]
     assert recorded(runs[0]) == recorded(runs[1]) == recorded(runs[2])
 
 
-def test_torch_global_is_torchs_clip_by_hand(text: Text) -> None:
+def test_torch_global_equals_torchs_clip(text: Text) -> None:
     run = trained(text, "torch-global", threshold=0.5, steps=3)
     network = make_network("rnn", 0)
     optimizer = torch.optim.SGD(network.parameters(), lr=Settings().learning_rate)
@@ -105,7 +105,7 @@ def test_torch_global_is_torchs_clip_by_hand(text: Text) -> None:
         optimizer.step()
 
 
-def test_a_run_that_is_no_longer_finite_is_stopped_and_marked(text: Text) -> None:
+def test_a_run_that_becomes_nonfinite_is_stopped_and_marked(text: Text) -> None:
     run = trained(text, "None", lr=1000.0, steps=50)
     losses = [step.loss for step in run.steps]
     assert run.ended == "non-finite"
@@ -130,7 +130,7 @@ def test_a_run_that_is_no_longer_finite_is_stopped_and_marked(text: Text) -> Non
         ([], None),
     ],
 )
-def test_diverged_is_the_first_loss_that_is_not_finite_or_above_the_limit(
+def test_diverged_at_is_the_first_loss_that_is_not_finite_or_above_the_limit(
     losses: list[float], step: int | None
 ) -> None:
     run = Run("None", None, steps=[Step(loss, 1.0, (1.0,), (False,), 1.0) for loss in losses])
@@ -139,12 +139,12 @@ def test_diverged_is_the_first_loss_that_is_not_finite_or_above_the_limit(
 
 
 @pytest.mark.parametrize(("last", "recovered"), [(3.0, True), (99.0, False)])
-def test_recovered_is_a_run_that_ends_under_the_limit(last: float, *, recovered: bool) -> None:
+def test_a_run_that_ends_under_the_limit_has_recovered(last: float, *, recovered: bool) -> None:
     steps = [Step(loss, 1.0, (1.0,), (False,), 1.0) for loss in (5.0, 99.0, last)]
     assert Run("None", None, steps=steps, ended="completed").recovered == recovered
     assert Run("None", None, steps=steps, ended="completed").diverged_at == 2
 
 
-def test_held_out_text_is_looked_at_first_last_and_between(text: Text) -> None:
+def test_the_held_out_loss_is_measured_first_last_and_in_between(text: Text) -> None:
     assert [number for number, _ in trained(text, "None", steps=3).held_out] == [0, 1, 2, 3]
     assert [number for number, _ in trained(text, "torch-global", steps=41).held_out][-3:] == [36, 39, 41]

@@ -13,18 +13,18 @@ from torch import Tensor, nn
 from support.contract import QUICK_BACKENDS
 from tamegrad import Clip, ClipValue, Keep, Renormalize, SettingError
 from tamegrad.torch import normalize_grad_
-from tamegrad.torch.gradients import _overlaps_itself
-from tamegrad.torch.kernels import Choice, choose
+from tamegrad.torch.backends import SelectedBackend, select
+from tamegrad.torch.memory import overlaps_itself
 
 
 @pytest.fixture(autouse=True, params=QUICK_BACKENDS)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Takes each backend in turn, where a test does not ask for one."""
 
-    def chosen(name: str, parameters: Iterable[Tensor]) -> Choice:
-        return choose(request.param if name == "auto" else name, parameters)
+    def selected(name: str, parameters: Iterable[Tensor]) -> SelectedBackend:
+        return select(request.param if name == "auto" else name, parameters)
 
-    monkeypatch.setattr("tamegrad.torch.normalizer.choose", chosen)
+    monkeypatch.setattr("tamegrad.torch.step.select", selected)
 
 
 STRATEGIES = [Clip(1.0), ClipValue(0.5), Renormalize(), Clip(1.0, per="model"), Clip(1.0, per="tensor")]
@@ -201,7 +201,7 @@ def test_overlap_is_found_in_any_strides(data: st.DataObject) -> None:
     strides = data.draw(st.lists(st.integers(0, 9), min_size=len(shape), max_size=len(shape)), "strides")
     places = torch.as_strided(torch.arange(100), shape, strides).flatten().tolist()
     overlaps = len(places) != len(set(places))
-    found = _overlaps_itself(torch.as_strided(torch.zeros(100), shape, strides))
+    found = overlaps_itself(torch.as_strided(torch.zeros(100), shape, strides))
     # Interleaved strides that happen not to meet may be called overlapping: a copy is made then, which is right too.
     assert found or not overlaps
     if not overlaps and torch.zeros(shape).stride() == tuple(strides):

@@ -1,4 +1,4 @@
-"""Moves the settings of a Deeplearning4j model to PyTorch: reads its own files, without a JVM and without a framework.
+"""Reads the gradient normalization of Deeplearning4j models from their own files, without a JVM or a framework.
 
 Saved models (`.zip`) and bare configurations (`.json`) of `MultiLayerNetwork` and `ComputationGraph` are read, in the
 formats of 0.9.1 and of 1.0.0-beta3 to 1.0.0-M2.1.
@@ -26,16 +26,16 @@ __all__ = [
 
 
 def read_model(path: str | os.PathLike[str]) -> Dl4jModel:
-    """Reads what a Deeplearning4j network consists of, and what it does to the gradients of each layer.
+    """Reads the layers of a Deeplearning4j network, and what it does to the gradients of each.
 
     Args:
-        path: A saved model (`.zip`) or a bare configuration (`.json`); the content decides which it is.
+        path: A saved model (`.zip`) or a bare configuration (`.json`); recognized by content, not by name.
 
     Returns:
         The network and its layers.
 
     Raises:
-        Dl4jFileError: If it is no such file, or something in it is not as Deeplearning4j writes it; the message names
+        Dl4jFileError: If the file is neither, or holds a value that Deeplearning4j does not write; the message names
             the file and the place in it.
 
     Example:
@@ -55,23 +55,23 @@ def read_model(path: str | os.PathLike[str]) -> Dl4jModel:
 
 
 def read_policy(path: str | os.PathLike[str], names: Mapping[str, str] | None = None) -> Policy:
-    """Reads the policy that does in PyTorch what a Deeplearning4j network does: each layer's strategy under its name.
+    """Reads the policy that does in PyTorch what a Deeplearning4j network does: one override per layer, by name.
 
-    Layers without parameters are left out, among them batch normalization whose gamma and beta are locked. The default
-    is `Keep()`. The thresholds of renormalizations, which Deeplearning4j ignores, are not kept.
+    Layers without parameters are left out, including batch normalization with locked gamma and beta. The default is
+    `Keep()`. Thresholds of renormalizations, which Deeplearning4j ignores, are dropped.
 
     Args:
-        path: A saved model (`.zip`) or a bare configuration (`.json`); the content decides which it is.
-        names: From Deeplearning4j's layer names to the PyTorch model's; names left out are kept.
+        path: A saved model (`.zip`) or a bare configuration (`.json`); recognized by content, not by name.
+        names: Maps Deeplearning4j's layer names to the PyTorch model's; other names stay as they are.
 
     Returns:
         The policy, for `attach` and `GradientNormalizer`.
 
     Raises:
-        Dl4jFileError: If it is no such file, or something in it is not as Deeplearning4j writes it; the message names
+        Dl4jFileError: If the file is neither, or holds a value that Deeplearning4j does not write; the message names
             the file and the place in it.
-        SettingError: If `names` is no mapping of names, or gives two layers one name.
-        UnmatchedError: If a key of `names` is no layer of the network.
+        SettingError: If `names` is not a mapping of names, or gives two layers the same name.
+        UnmatchedError: If a key of `names` is not a layer of the network.
 
     Example:
         >>> import json, tempfile

@@ -8,8 +8,8 @@ __all__ = ["dl4j"]
 
 _HELP = """Show what a Deeplearning4j model does to the gradients of each layer.
 
-FILE is a saved model (.zip) or its configuration (.json), of MultiLayerNetwork or ComputationGraph, from release 0.9.1
-to 1.0.0-M2.1. No Java is needed.
+FILE is a MultiLayerNetwork or ComputationGraph of release 0.9.1 to 1.0.0-M2.1: a saved model (.zip) or its
+configuration (.json). No Java is needed.
 """
 
 _EPILOG = """\b
@@ -19,17 +19,17 @@ Examples:
 """
 
 
-@click.command(help=_HELP, epilog=_EPILOG, short_help="Show what a Deeplearning4j model does to the gradients.")
+@click.command(help=_HELP, epilog=_EPILOG, short_help="Show what a Deeplearning4j model does to its gradients.")
 @click.argument("file", metavar="FILE")
-@click.option("--python", "as_python", is_flag=True, help="Print the lines of Python that build the policy instead.")
+@click.option("--python", "as_python", is_flag=True, help="Print Python code that builds the policy instead.")
 def dl4j(*, file: str, as_python: bool) -> None:
-    """Reads a file and prints what it says."""
+    """Reads a file and prints its layers or its policy."""
     model = read_model(file)
     if as_python:
-        # Nothing else, so that the output is a program.
+        # Nothing else, so that the output is valid Python.
         click.echo(policy_as_python(policy_of(model)))
         return
-    # Loads rich, for which the help does not wait.
+    # Imported late, because it loads rich: help comes at once.
     from tamegrad.dl4j.table import print_model
 
     print_model(model)

@@ -1,7 +1,7 @@
-"""Reads the configuration out of a file, in memory and within limits; nothing is executed or written to disk.
+"""Reads the configuration from a file, in memory and within limits; nothing is executed or written to disk.
 
-The limits leave room for the largest honest configuration: ten thousand bidirectional layers are 35 MB of text, 170,000
-objects and lists, and 800,000 commas. They leave little more, so that a hostile file is refused within a second.
+The limits fit the largest realistic configuration: ten thousand bidirectional layers are 35 MB of text, 170,000 objects
+and lists, and 800,000 commas. They allow little more, so that a hostile file is refused within a second.
 """
 
 import io
@@ -32,7 +32,7 @@ _ENCRYPTED = 0x41
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _LEAVES = re.compile(r"[/\\]|[A-Za-z]:|(?:.*[/\\])?\.\.(?:[/\\]|$)", re.DOTALL)
 
-# All that zipfile raises for an archive that is not one; what the file system raises is an OSError.
+# Everything that zipfile raises for a broken archive; the file system raises OSError.
 _BROKEN_ZIP = (
     zipfile.BadZipFile,
     zlib.error,
@@ -42,7 +42,7 @@ _BROKEN_ZIP = (
     UnicodeDecodeError,
 )
 
-# Everything but brackets, quotes, backslashes is dropped before nesting is counted, and curly brackets become square.
+# Before nesting is counted, everything but brackets, quotes and backslashes is dropped, and braces become brackets.
 _BRACKETS = bytes.maketrans(b"{}", b"[]")
 _OTHERS = bytes(set(range(256)) - set(b'{}[]"\\'))
 
@@ -64,12 +64,12 @@ class Dl4jFileError(TamegradError):
     """
 
 
-class Node(NamedTuple):  # ten thousand layers are a hundred thousand of these, which a tuple makes twice as fast
-    """A value of the configuration, and where it stands. Numbers are floats, NaN and infinity their names as text.
+class Node(NamedTuple):  # 10,000 layers need 100,000 of these, and tuples are twice as fast
+    """A value of the configuration and its path. Numbers are floats; NaN and infinity are strings.
 
     Args:
         file: The file, as the user named it.
-        value: What `json` made of it; None also where there is no such field.
+        value: The parsed value; None also if there is no such field.
         trail: The keys and indices that lead to it.
     """
 
@@ -86,10 +86,10 @@ class Node(NamedTuple):  # ten thousand layers are a hundred thousand of these, 
         """Returns the fields of an object.
 
         Returns:
-            What `json` made of it.
+            The parsed fields.
 
         Raises:
-            Dl4jFileError: If the value is no object.
+            Dl4jFileError: If the value is not an object.
         """
         if not isinstance(self.value, dict):
             raise self.refused("an object")
@@ -99,10 +99,10 @@ class Node(NamedTuple):  # ten thousand layers are a hundred thousand of these, 
         """Returns the values of a list.
 
         Returns:
-            One node each, made when it is asked for.
+            One node per value, made lazily.
 
         Raises:
-            Dl4jFileError: If the value is no list.
+            Dl4jFileError: If the value is not a list.
         """
         if not isinstance(self.value, list):
             raise self.refused("a list")
@@ -115,24 +115,24 @@ class Node(NamedTuple):  # ten thousand layers are a hundred thousand of these, 
             key: The field's name.
 
         Returns:
-            Its node, whose value is None where there is no such field.
+            Its node, whose value is None if there is no such field.
 
         Raises:
-            Dl4jFileError: If the value is no object.
+            Dl4jFileError: If the value is not an object.
         """
         return Node(self.file, self.fields().get(key), (*self.trail, key))
 
     def text(self) -> str:
-        """Returns a text.
+        """Returns a string.
 
         Returns:
             The value.
 
         Raises:
-            Dl4jFileError: If the value is no text.
+            Dl4jFileError: If the value is not a string.
         """
         if not isinstance(self.value, str):
-            raise self.refused("a text")
+            raise self.refused("a string")
         return self.value
 
     def refused(self, allowed: str, advice: str = _RESAVE, got: str | None = None) -> Dl4jFileError:
@@ -141,23 +141,23 @@ class Node(NamedTuple):  # ten thousand layers are a hundred thousand of these, 
         Args:
             allowed: What would have been accepted.
             advice: What to do next.
-            got: What was found, where the value itself does not tell.
+            got: What was found, if the value itself does not show it.
 
         Returns:
-            The error, to be raised.
+            The error, for the caller to raise.
         """
         where = f"{self.file}: {self.place}" if self.trail else self.file
         return Dl4jFileError(where, got=shown(self.value) if got is None else got, allowed=allowed, advice=advice)
 
 
 def shown(value: object) -> str:
-    """Returns a value of the configuration for a message, in few characters however large it is.
+    """Formats a value of the configuration for a message, shortened if it is long.
 
     Args:
-        value: What `json` made of it.
+        value: The parsed value.
 
     Returns:
-        Its text, or its kind.
+        Its text, or its type.
 
     Example:
         >>> shown([1.0, 2.0])
@@ -182,13 +182,13 @@ def read_document(path: Path) -> Node:
     """Reads a saved model's `configuration.json`, or a bare configuration.
 
     Args:
-        path: The `.zip` or `.json`; its content decides which it is.
+        path: The `.zip` or `.json`; recognized by content, not by name.
 
     Returns:
         The whole configuration.
 
     Raises:
-        Dl4jFileError: If the file cannot be read, is neither, or goes beyond a limit.
+        Dl4jFileError: If the file cannot be read, is neither, or exceeds a limit.
     """
     return _parsed(_text(_read(path), path), path)
 
@@ -213,7 +213,7 @@ def _no_model(path: Path, got: str, place: str = "") -> Dl4jFileError:
 
 
 class _SmallReads(io.FileIO):
-    """A file that hands out little at a time: an archive states the sizes of its own parts, and may lie."""
+    """A file that limits the size of each read: an archive states the sizes of its own parts, and may lie."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         wanted = _PIECE + 1 if size is None or size < 0 else min(size, _PIECE + 1)
@@ -225,7 +225,7 @@ class _SmallReads(io.FileIO):
 
 def _read(path: Path) -> bytearray:
     try:
-        if not path.is_file():  # nor is a named pipe one, which would wait for ever
+        if not path.is_file():  # also refuses named pipes, which would block forever
             raise _no_model(path, got="a directory" if path.is_dir() else "no file")
         with _SmallReads(path) as file:
             mark = file.read(len(_ZIP_MARKS[0]))
@@ -261,7 +261,7 @@ def _read_entry(file: _SmallReads, path: Path) -> bytearray:
                 return _bounded(opened.read, path)
     except _BROKEN_ZIP as error:
         reason = str(error)[:200] or "an entry ends too early"
-        raise _no_model(path, got=f"a zip file that is cut or damaged ({reason})") from error
+        raise _no_model(path, got=f"a zip file that is truncated or damaged ({reason})") from error
 
 
 def _entry(entries: Sequence[zipfile.ZipInfo], path: Path) -> zipfile.ZipInfo:
@@ -276,22 +276,22 @@ def _entry(entries: Sequence[zipfile.ZipInfo], path: Path) -> zipfile.ZipInfo:
     entry = found[0]
     if entry.flag_bits & _ENCRYPTED:
         raise _no_model(path, got="an encrypted entry", place=ENTRY)
-    if entry.compress_type not in _METHODS:  # these two are unpacked in bounded pieces, others at once
+    if entry.compress_type not in _METHODS:  # these two are unpacked in bounded pieces, others all at once
         raise _no_model(path, got=f"compression method {entry.compress_type}, not deflate", place=ENTRY)
     return entry
 
 
 def _check_extent(content: bytearray, path: Path) -> None:
-    # Counts, before anything is built, what memory and the parser's stack will have to hold. Each step is one pass of
-    # C over the bytes: escapes are dropped, then all but brackets and quotes, then quotes with nothing in between.
+    # Bounds the memory and the parser's stack before anything is parsed. Each step is one pass over the bytes in C: it
+    # drops the escapes, then everything but brackets and quotes, then the empty pairs of quotes.
     if content.count(b",") > MOST_COMMAS:
         raise _too_much(path, f"more than {MOST_COMMAS} values")
     bare = content.replace(b"\\\\", b"").replace(b'\\"', b"").translate(_BRACKETS, _OTHERS)
     quotes = bare.replace(b"\\", b"").replace(b'""', b"").split(b'"', 2 * MOST_OBJECTS)
-    brackets = b"".join(quotes[::2])  # every second piece was in quotes, and is text
+    brackets = b"".join(quotes[::2])  # every second piece was in quotes: text
     if max(brackets.count(b"["), brackets.count(b"]"), len(quotes) // 2) >= MOST_OBJECTS:
         raise _too_much(path, f"{MOST_OBJECTS} objects and lists or more")
-    # Every pass takes off the innermost brackets of all; what is nested within the limit is gone after as many.
+    # Each pass removes the innermost brackets; values nested within the limit are gone after that many passes.
     for _ in range(MOST_NESTED):
         if b"[]" not in brackets:
             break
@@ -301,7 +301,7 @@ def _check_extent(content: bytearray, path: Path) -> None:
 
 
 class _Repeated(dict[str, object]):
-    """An object with a key that stands in it twice; it marks the place until the path to it is known."""
+    """An object with a duplicate key; it marks the place until the path to it is known."""
 
     def __init__(self, pairs: list[tuple[str, object]]) -> None:
         super().__init__(pairs)
@@ -320,7 +320,7 @@ def _parsed(text: str, path: Path) -> Node:
         return _Repeated(pairs)
 
     try:
-        # A whole number as a float cannot be too long to convert; NaN in or out of quotes is the same text.
+        # An integer read as a float cannot be too long to convert; NaN with or without quotes is the same string.
         document = json.loads(text, parse_int=float, parse_constant=str, object_pairs_hook=fields)
     except json.JSONDecodeError as error:
         place = f"line {error.lineno} column {error.colno}"
@@ -337,12 +337,12 @@ def _repetition(root: Node) -> Dl4jFileError:
         node = waiting.pop()
         if isinstance(node.value, _Repeated):
             again = Node(node.file, None, (*node.trail, node.value.key))
-            return again.refused("each key once in an object", got="a key that stands there twice")
+            return again.refused("each key once per object", got="a duplicate key")
         if isinstance(node.value, dict):
             waiting += [node.at(key) for key in node.value]
         elif isinstance(node.value, list):
             waiting += node.items()
-    raise AssertionError("an object was marked, so that the walk finds one")
+    raise AssertionError("an object was marked, so the walk must find it")
 
 
 def _step(key: str) -> str:

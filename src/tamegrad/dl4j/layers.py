@@ -1,4 +1,4 @@
-"""The layers of a Deeplearning4j network, and what each does to its gradients: JSON in, plain values out."""
+"""Reads the layers of a Deeplearning4j network, and the strategy of each, from its parsed configuration."""
 
 import math
 from collections.abc import Container, Sequence
@@ -16,7 +16,7 @@ Network: TypeAlias = Literal["MultiLayerNetwork", "ComputationGraph"]
 MOST_LAYERS = 25_000
 MOST_NAME = 1_000
 
-# Deeplearning4j's own classes without a parameter to train. Any other class is judged by the fields it carries.
+# Deeplearning4j's own classes without trainable parameters. Any other class is judged by its fields.
 _PARAMETERLESS = frozenset(
     {
         "ActivationLayer",
@@ -50,7 +50,7 @@ _PARAMETERLESS = frozenset(
 )
 _PACKAGE = "org.deeplearning4j."
 
-# Release 0.9.1 writes a name for each of its classes; a user's own class there goes by its own simple name.
+# Release 0.9.1 writes these names for its own classes, and the simple class name for a user's class.
 _CLASS_OF_0_9_1 = {
     "activation": "ActivationLayer",
     "autoEncoder": "AutoEncoder",
@@ -74,7 +74,7 @@ _CLASS_OF_0_9_1 = {
     "zeroPadding1d": "ZeroPadding1DLayer",
 }
 
-# Which field of a wrapper holds the layer that is asked for its strategy.
+# The field of each wrapper that holds the layer whose strategy counts.
 _WRAPPED = {
     "Bidirectional": "fwd",
     "FrozenLayer": "layer",
@@ -100,13 +100,13 @@ class Dl4jLayer:
     """One layer of a Deeplearning4j network.
 
     Args:
-        name: Its name; in a `ComputationGraph` its vertex's, without a name `layer0`, `layer1`, … by its index.
-        kind: Its simple class name, of a wrapper what is wrapped (but `Bidirectional` is a layer of its own).
-        n_in: How many inputs it says it has, None where it says nothing.
-        n_out: How many outputs, likewise.
-        strategy: What Deeplearning4j does to its gradients: `Keep()` for whatever is inside a `FrozenLayer`.
-        has_parameters: Whether it has parameters to train.
-        place: Where it stands in the file: `confs[3].layer`.
+        name: Its name; in a `ComputationGraph` that of its vertex. Unnamed layers are `layer0`, `layer1`, … by index.
+        kind: Its simple class name; for a wrapper that of the wrapped layer, except for `Bidirectional`.
+        n_in: The number of inputs in the file, None if not given.
+        n_out: The number of outputs, likewise.
+        strategy: What Deeplearning4j does to its gradients: `Keep()` for a layer inside a `FrozenLayer`.
+        has_parameters: Whether it has trainable parameters.
+        place: Its path in the file: `confs[3].layer`.
     """
 
     name: str
@@ -134,7 +134,7 @@ class Dl4jModel:
 
 
 class _Typed(NamedTuple):
-    """An object of the configuration and its Java class; `own` says whether that is one of Deeplearning4j's."""
+    """An object of the configuration and its Java class; `own` is whether that class is Deeplearning4j's own."""
 
     kind: str
     own: bool
@@ -142,12 +142,12 @@ class _Typed(NamedTuple):
     fields: dict[str, object]
 
     def is_a(self, kinds: Container[str]) -> bool:
-        """Says whether it is one of these classes of Deeplearning4j, not a user's of that name."""
+        """Returns whether it is one of these Deeplearning4j classes, not a user's class of that name."""
         return self.own and self.kind in kinds
 
     @property
     def wrapped(self) -> Node | None:
-        """The layer inside, of Deeplearning4j's wrappers and of a user's that are built like them."""
+        """The layer inside one of Deeplearning4j's wrappers, or of a user's wrappers built like them."""
         if self.is_a(_WRAPPED):
             return self.node.at(_WRAPPED[self.kind])
         underlying = self.fields.get("underlying")
@@ -164,12 +164,13 @@ def model_of(root: Node) -> Dl4jModel:
         The network.
 
     Raises:
-        Dl4jFileError: If something in it is not as Deeplearning4j writes it.
+        Dl4jFileError: If it holds a value that Deeplearning4j does not write.
     """
     confs, vertices = root.at("confs"), root.at("vertices")
     if (confs.value is None) == (vertices.value is None):
-        allowed = '"confs" (a MultiLayerNetwork) or "vertices" (a ComputationGraph)'
-        raise root.refused(allowed, got=f"an object with {'both' if confs.value is not None else 'neither'} of them")
+        allowed = 'either "confs" (a MultiLayerNetwork) or "vertices" (a ComputationGraph)'
+        found = 'neither "confs" nor "vertices"' if confs.value is None else 'both "confs" and "vertices"'
+        raise root.refused(allowed, got=f"an object with {found}")
     network: Network = "ComputationGraph" if confs.value is None else "MultiLayerNetwork"
     held = vertices if confs.value is None else confs
     if isinstance(held.value, list | dict) and len(held.value) > MOST_LAYERS:
@@ -194,13 +195,13 @@ def _layers_of_graph(vertices: Node) -> list[Dl4jLayer]:
             conf = innermost.node.at("layerConf")
             layers.append(_layer(conf.at("layer"), conf, name, outside=chain))
         elif any(innermost.fields.get(key) is not None for key in (_STRATEGY, "vertexParams")):
-            # A vertex with parameters of its own, as an attention vertex is.
+            # A vertex with its own parameters, such as an attention vertex.
             layers.append(_layer(vertex, innermost.node, name, outside=chain))
     return layers
 
 
 def _layer(node: Node, conf: Node, name: str, outside: Sequence[_Typed] = ()) -> Dl4jLayer:
-    # `outside` is the vertex, and what it is wrapped in: its name goes before the layer's.
+    # `outside` is the vertex and its wrappers; the vertex's name takes precedence over the layer's.
     chain = _unwrapped(node)
     innermost = chain[-1]
     whole = next((typed for typed in chain if typed.is_a(_BIDIRECTIONAL)), innermost)
@@ -236,11 +237,11 @@ def _typed(node: Node) -> _Typed:
         (key,) = fields
         name, body = _CLASS_OF_0_9_1.get(key, key), node.at(key)
     else:
-        raise node.refused('"@class", or a single key that is the class (release 0.9.1)', got="an object of no class")
+        raise node.refused('"@class", or a single key, the class (release 0.9.1)', got="an object without a class")
     kind = name.replace("$", ".").rpartition(".")[2]
     if not kind:
         raise node.refused("the name of a Java class", got=f"the class {shown(name)}")
-    # A simple name is one of 0.9.1, which Deeplearning4j's own classes have as a user's do.
+    # Only 0.9.1 writes simple names, for Deeplearning4j's own classes and for users' classes alike.
     return _Typed(kind, name == kind or name.startswith(_PACKAGE), body, body.fields())
 
 
@@ -257,7 +258,7 @@ def _size(node: Node | None) -> int | None:
 
 
 def _strategy(chain: list[_Typed]) -> Strategy:
-    # Deeplearning4j asks the innermost layer; a wrapper's own field repeats what that says.
+    # Deeplearning4j uses the innermost layer's strategy; a wrapper's own field only repeats it.
     owner = next((typed.node for typed in reversed(chain) if typed.fields.get(_STRATEGY) is not None), None)
     if owner is None:
         return Keep()
@@ -274,12 +275,12 @@ def _strategy(chain: list[_Typed]) -> Strategy:
 
 def _threshold(owner: Node, name: str) -> float:
     node = owner.at(_THRESHOLD)
-    if node.value == "Infinity":  # as Jackson writes it, which is a limit that never cuts
+    if node.value == "Infinity":  # as Jackson writes it: a threshold that never clips
         return math.inf
     if not isinstance(node.value, float) or not 0 < node.value < math.inf:
         raise node.refused(
             "a number above 0",
-            advice=f'{name} needs one: write it into the file, or the strategy "None" to leave gradients as they are',
+            advice=f'{name} needs a threshold: write one into the file, or the strategy "None" to keep the gradients',
         )
     return node.value
 
@@ -287,15 +288,15 @@ def _threshold(owner: Node, name: str) -> float:
 def _has_parameters(layer: _Typed, conf: Node) -> bool:
     fields = layer.fields
     if layer.is_a(_PARAMETERLESS) or (layer.is_a(_BATCH_NORMALIZATION) and fields.get("lockGammaBeta") is True):
-        # With gamma and beta locked, batch normalization has its running statistics left, which PyTorch does not train.
+        # With gamma and beta locked, only the running statistics are left, which PyTorch does not train.
         return False
     variables = conf.at("variables")
     if variables.value is not None and any(True for _ in variables.items()):
-        return True  # a bare configuration leaves this list empty, and so does the inside of a wrapper
+        return True  # this list is empty in a bare configuration and inside a wrapper
     for declared in ("layerParams", "vertexParams"):
         if fields.get(declared) is not None:
             return any(layer.node.at(declared).fields().get(group) for group in ("weightParams", "biasParams"))
     if fields.get(_STRATEGY) in (None, "None") and fields.get(_THRESHOLD) in (None, 0.0):
-        # So says a class that has nothing to normalize; one that trains has an updater or a size at least.
+        # Typical of a class with nothing to normalize; one that trains has at least an updater or a size.
         return any(fields.get(key) is not None for key in ("iupdater", "nin"))
     return True

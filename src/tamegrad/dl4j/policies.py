@@ -1,4 +1,4 @@
-"""The policy that does in PyTorch what a Deeplearning4j network does, and a policy as the Python that builds it."""
+"""Converts a Deeplearning4j network to a policy, and a policy to the Python code that builds it."""
 
 import math
 from collections.abc import Mapping
@@ -15,19 +15,20 @@ _MOST_SHOWN = 5
 
 
 def policy_of(model: Dl4jModel, names: Mapping[str, str] | None = None) -> Policy:
-    """Returns the policy of a network: one override for each layer that has parameters, and `Keep()` by default.
+    """Returns the policy of a network: one override per layer that has parameters, and `Keep()` as the default.
 
     Args:
         model: The network.
-        names: From Deeplearning4j's layer names to the PyTorch model's; names left out are kept.
+        names: Maps Deeplearning4j's layer names to the PyTorch model's; other names stay as they are.
 
     Returns:
         The policy.
 
     Raises:
-        SettingError: If `names` is no mapping of names, or gives two layers one name.
-        UnmatchedError: If a key of `names` is no layer of the network.
-        Dl4jFileError: If two layers of one name differ, or a layer's name is empty and `names` gives no other.
+        SettingError: If `names` is not a mapping of names, or gives two layers the same name.
+        UnmatchedError: If a key of `names` is not a layer of the network.
+        Dl4jFileError: If two layers of the same name have different strategies, or a layer's name is empty and `names`
+            does not map it.
 
     Example:
         >>> from tamegrad import Clip
@@ -49,20 +50,20 @@ def _checked(names: Mapping[str, str] | None, model: Dl4jModel) -> Mapping[str, 
     if names is None:
         return {}
     where = f"read_policy({model.file}, names)"
-    advice = 'pass for example names={"layer0": "rnn"}'
+    advice = 'pass, for example, names={"layer0": "rnn"}'
     if not isinstance(names, Mapping):
         raise SettingError(where, got=repr(names), allowed="a mapping of layer names, or None", advice=advice)
     for key, value in names.items():
         if not all(isinstance(name, str) for name in (key, value)) or not value:
             raise SettingError(
-                where, got=f"{key!r}: {value!r}", allowed="a layer's name for each layer's name", advice=advice
+                where, got=f"{key!r}: {value!r}", allowed="a PyTorch layer name for each layer name", advice=advice
             )
     known = dict.fromkeys(layer.name for layer in model.layers)
     unknown = [key for key in names if key not in known]
     if unknown:
         raise UnmatchedError(
             where,
-            got=f"{quoted(unknown[:_MOST_SHOWN])}, which is no layer of the file",
+            got=f"{quoted(unknown[:_MOST_SHOWN])}, which is not a layer of the file",
             allowed=f"its {len(known)} layers; closest: {quoted(closest(unknown[0][:100], known))}",
             advice="read_model(path).layers lists them",
         )
@@ -73,7 +74,7 @@ def _check_free(name: str, layer: Dl4jLayer, other: Dl4jLayer | None, model: Dl4
     where = f"{model.file}: {layer.place}"
     if not name:
         raise Dl4jFileError(
-            where, got="a layer whose name is empty", allowed="a name", advice='pass names={"": "its PyTorch name"}'
+            where, got="a layer with an empty name", allowed="a name", advice='pass names={"": "its PyTorch name"}'
         )
     if other is None:
         return
@@ -81,29 +82,29 @@ def _check_free(name: str, layer: Dl4jLayer, other: Dl4jLayer | None, model: Dl4
         raise SettingError(
             f"read_policy({model.file}, names)",
             got=f"{name!r} for both {other.name!r} and {layer.name!r}",
-            allowed="a name of its own for each layer",
+            allowed="a different name for each layer",
             advice="give one of them another name in names",
         )
     if other.strategy != layer.strategy:
         raise Dl4jFileError(
             where,
-            got=f"the name {name!r} with {layer.strategy}, and {other.place} has it with {other.strategy}",
-            allowed="a name of its own for each layer, or one strategy for all of that name",
+            got=f"{name!r} with {layer.strategy}, but {other.place} has the same name with {other.strategy}",
+            allowed="a different name for each layer, or one strategy for all layers of one name",
             advice="give one of them another layerName in the file",
         )
 
 
 def policy_as_python(policy: Policy) -> str:
-    """Returns the lines of Python that build a policy.
+    """Returns Python code that builds a policy.
 
     Args:
         policy: The policy; its keys are names or globs.
 
     Returns:
-        The lines, which import what they need and leave the policy in `policy`.
+        The code, which imports what it needs and assigns the policy to `policy`.
 
     Raises:
-        SettingError: If a key is a module class, which lines of Python alone cannot bring along.
+        SettingError: If a key is a module class, because the code cannot know how to import it.
 
     Example:
         >>> from tamegrad import Clip
@@ -130,14 +131,14 @@ def policy_as_python(policy: Policy) -> str:
                 "policy_as_python(policy)",
                 got=f"the module class {override.name}",
                 allowed="keys that are layer names or globs",
-                advice="write the policy by hand, with the import of that class",
+                advice="write the policy by hand, and import that class",
             )
         lines.append(f"        {_quoted(override.key)}: {_as_python(override.strategy)},")
     return "\n".join([*lines, "    },", ")"])
 
 
 def _as_python(strategy: Strategy) -> str:
-    # The text of a strategy is for readers and rounds its threshold; this keeps every digit.
+    # A strategy's `str` rounds its threshold; this keeps every digit.
     match strategy:
         case Keep():
             return "Keep()"

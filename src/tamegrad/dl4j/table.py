@@ -1,4 +1,4 @@
-"""What the terminal shows of a Deeplearning4j model."""
+"""Prints a Deeplearning4j model as a table."""
 
 from rich.table import Table
 from rich.text import Text
@@ -13,14 +13,14 @@ _NOTHING = "–"
 
 
 def print_model(model: Dl4jModel) -> None:
-    """Prints one row a layer.
+    """Prints one row per layer.
 
     Args:
         model: The model.
     """
     console = output()
     console.print(_table(model))
-    console.print(f"A {model.network}. With --python: the policy that does the same in PyTorch.", highlight=False)
+    console.print(f"A {model.network}. Pass --python for the policy that does the same in PyTorch.", highlight=False)
 
 
 def _table(model: Dl4jModel) -> Table:
@@ -28,7 +28,7 @@ def _table(model: Dl4jModel) -> Table:
     for title in ("layer", "class", "in", "out", "strategy", "threshold"):
         table.add_column(title, justify="right" if title in {"in", "out", "threshold"} else "left", overflow="fold")
     for layer in model.layers:
-        # As text, not as markup: a layer's name may hold brackets, or characters that would move the cursor.
+        # As text, not as markup: a layer's name may hold brackets or terminal control characters.
         table.add_row(*(Text(cell) for cell in _cells(layer)), style="" if layer.has_parameters else "dim")
     return table
 

@@ -1,1 +1,1 @@
-"""The main job: train one network under each strategy on the same text, compare, and draw."""
+"""Trains one network under each strategy on the same text, compares the runs and draws charts."""

@@ -1,4 +1,4 @@
-"""The page's charts as plain data for plotly.js; the page itself adds the colours of the theme."""
+"""Builds the page's charts as plain data for plotly.js; the page adds the theme's colours."""
 
 import math
 from typing import Any, TypeAlias
@@ -9,31 +9,31 @@ __all__ = ["heat_map", "loss_chart"]
 
 Figure: TypeAlias = dict[str, Any]
 
-# Beside the colour, so that no curve depends on it alone: the same for a strategy in every chart.
+# Curves differ in dash and marker as well as in colour; a strategy has the same ones in every chart.
 DASHES = ("solid", "solid", "dash", "solid", "solid", "dash", "dot")
 SYMBOLS = ("x", "circle", "circle-open", "diamond", "square", "square-open", "triangle-up")
 
-# Losses above are outside the picture: one exploding run would flatten all others.
+# Higher losses are cut off: one exploding run would flatten all others.
 HIGHEST_LOSS = 13.0
 
-# The heat map's colours span these norms; what is outside has the colour of the end.
+# The heat map's colours span these norms; norms outside get the colour of the nearer end.
 LOWEST_NORM, HIGHEST_NORM = 1e-2, 1e2
 
-ROW_HEIGHT = 26  # pixels a layer
-PANEL_GAP = 46  # pixels between two strategies, with the title of the lower
+ROW_HEIGHT = 26  # pixels per layer
+PANEL_GAP = 46  # pixels between two panels, including the lower one's title
 MARGIN_TOP, MARGIN_BOTTOM = 30, 44
 
 
 def loss_chart(results: Results, names: list[str], *, held_out: bool) -> Figure:
-    """Draws the losses over the steps, one curve a strategy, on a log axis that is cut above.
+    """Draws the losses over the steps, one curve per strategy, on a log axis with an upper limit.
 
     Args:
-        results: What was measured.
-        names: All strategies there are: their order decides colours.
-        held_out: Whether the losses are those on held-out text, not those of training.
+        results: The results of the comparison.
+        names: All strategies; their order sets the colours.
+        held_out: Whether to draw the held-out losses, not the training losses.
 
     Returns:
-        The figure; `meta.color` of a trace says which colour it takes.
+        The figure; a trace's `meta.color` is the number of its colour.
     """
     traces = []
     lowest = results["settings"]["uniform_loss"]
@@ -53,7 +53,7 @@ def loss_chart(results: Results, names: list[str], *, held_out: bool) -> Figure:
             "hovermode": "closest",
             "xaxis": {"title": {"text": "step"}, "range": [0, results["settings"]["steps"]], "zeroline": False},
             "yaxis": {
-                "title": {"text": "loss, nats a byte"},
+                "title": {"text": "loss, nats per byte"},
                 "type": "log",
                 "range": [math.log10(lowest * 0.94), math.log10(HIGHEST_LOSS)],
                 "tickvals": [0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 8, 10, 12],
@@ -69,13 +69,13 @@ def loss_chart(results: Results, names: list[str], *, held_out: bool) -> Figure:
 
 
 def heat_map(results: Results) -> Figure:
-    """Draws the norm of each layer's gradient over the steps, one panel a strategy, all with the same colours.
+    """Draws each layer's gradient norm over the steps, one panel per strategy, on one colour scale.
 
     Args:
-        results: What was measured.
+        results: The results of the comparison.
 
     Returns:
-        The figure; what has the `meta` "nonfinite" takes the colour of norms that are not finite.
+        The figure; items with the `meta` "nonfinite" get the colour of non-finite norms.
     """
     runs = [run for run in results["runs"] if run["norm"]]
     layers = max((len(run["layer_norms"]) for run in runs), default=0)
@@ -142,7 +142,7 @@ def _curve_trace(run: RunResults, index: int, steps: list[int], losses: list[flo
 
 
 def _diverged_trace(run: RunResults, index: int, results: Results) -> Figure:
-    """A cross on the limit, where the run first passed it, wherever its loss went."""
+    """Returns a cross on the limit, at the step where the run first passed it."""
     ended = f", stopped at step {len(run['norm'])}: not finite" if run["ended"] == "non-finite" else ""
     ended += ", recovered" if run["recovered"] else ""
     return {
@@ -192,7 +192,7 @@ def _panel_labels(run: RunResults, suffix: str, top: float, results: Results) ->
         return [title]
     reason = "not finite from here" if run["ended"] == "non-finite" else "interrupted"
     text = f"stopped at step {done}: {reason}"
-    # Beside the end of the run, on whichever side there is room.
+    # Next to the end of the run, on the side that has room.
     right = done < steps / 2
     note = {
         "text": f"◀ {text}" if right else f"{text} ▶",
@@ -241,7 +241,7 @@ def _panel_traces(run: RunResults, suffix: str) -> list[Figure]:
 
 
 def _nonfinite_marks(run: RunResults, suffix: str) -> list[Figure]:
-    """Returns a line over each cell without a finite norm: the cell alone may be narrower than a pixel."""
+    """Returns a line over each cell with a non-finite norm: the cell alone may be narrower than a pixel."""
     return [
         {
             "type": "line",
@@ -267,5 +267,5 @@ def _finite(value: float) -> float | None:
 def _log(norm: float) -> float | None:
     if not math.isfinite(norm):
         return None
-    # A zero norm has no logarithm; it gets the colour of the lowest.
+    # A zero norm has no logarithm; it gets the lowest colour.
     return math.log10(norm) if norm > 0 else math.log10(LOWEST_NORM)

@@ -1,4 +1,4 @@
-"""The command `tamegrad compare`: options, what is checked before training, and what is written."""
+"""The command `tamegrad compare`: its options, the checks before training, and the files it writes."""
 
 import itertools
 import os
@@ -26,14 +26,14 @@ OUT = "tamegrad-compare"
 
 NumberT = TypeVar("NumberT")
 
-_HELP = """Train one network under each strategy and say which to use.
+_HELP = """Train one network under each strategy and recommend one.
 
 The same recurrent network is trained on the same text from the same seed, once under each of Deeplearning4j's six
-gradient normalizations and once under PyTorch's global clip (torch-global). A table, a line that says which strategy
-to use, and a folder with index.html (open it in a browser, no network needed) and results.json come out.
+gradient normalizations and once under PyTorch's global clip (torch-global). The command prints a table and a
+recommendation, and writes a folder with results.json and index.html (open it in a browser, no network needed).
 
-The defaults are chosen to show trouble: without normalization the loss of the rnn stops being finite after a few steps.
-They take about a minute. Ctrl-C keeps what was measured so far.
+The defaults make training unstable on purpose: without normalization the rnn's loss is not finite after a few steps.
+They take about a minute. Ctrl-C keeps the results so far.
 """
 
 _EPILOG = """\b
@@ -48,20 +48,20 @@ Examples:
 def _reader(
     read: Callable[[str], NumberT], allowed: str
 ) -> Callable[[click.Context, click.Parameter, str | None], NumberT | None]:
-    """Returns what reads the number that was written for an option; refuses others in the words of all our errors."""
+    """Returns a click callback that reads an option's number, or raises a `SettingError`."""
 
     def read_option(_: click.Context, option: click.Parameter, written: str | None) -> NumberT | None:
         try:
             return None if written is None else read(written)
         except ValueError:
-            advice = "tamegrad compare --help shows the defaults"
+            advice = "run tamegrad compare --help to see the defaults"
             raise SettingError(option.opts[0], got=repr(written), allowed=allowed, advice=advice) from None
 
     return read_option
 
 
 _number_option = partial(click.option, metavar="NUMBER", callback=_reader(float, "a number"))
-# As text, because click reads what has a default by itself, and refuses it in other words.
+# `type=str`: otherwise click takes the type from the default, and raises its own error first.
 _whole_number_option = partial(
     click.option, type=str, metavar="N", callback=_reader(int, "a whole number"), show_default=True
 )
@@ -71,33 +71,33 @@ def _per_name(values: dict[str, float]) -> str:
     return ", ".join(f"{value:g} for {name}" for name, value in values.items())
 
 
-@click.command(help=_HELP, epilog=_EPILOG, short_help="Train one network under each strategy and say which to use.")
+@click.command(help=_HELP, epilog=_EPILOG, short_help="Train one network under each strategy and recommend one.")
 @click.option(
     "--text",
     metavar="FILE_OR_FOLDER",
-    help="What to learn: a file of UTF-8 text, or a folder, of which all text files count, those in folders below too, "
-    "but for hidden ones; up to 2,000,000 bytes.  [default: the source of Python's standard library]",
+    help="Training text: a UTF-8 file, or a folder, whose text files are read recursively, except hidden ones; "
+    "up to 2,000,000 bytes.  [default: the source of Python's standard library]",
 )
 @click.option(
     "--network",
     metavar="|".join(NETWORKS),
     default="rnn",
     show_default=True,
-    help="Two stacked recurrent layers: ReLU, or LSTM.",
+    help="Two stacked recurrent layers: ReLU or LSTM.",
 )
 @click.option(
     "--strategy",
     "strategies",
     metavar="NAME",
     multiple=True,
-    help=f"Train under this one only; can be repeated. One of {', '.join(STRATEGIES)}.  [default: all]",
+    help=f"Train only under this strategy; can be repeated. One of {', '.join(STRATEGIES)}.  [default: all]",
 )
 @_number_option(
     "--threshold",
     help=f"The threshold of every strategy that has one.  [default: {_per_name(THRESHOLDS)}]",
 )
-@_whole_number_option("--steps", default=STEPS, help="Training steps of each run.")
-@_whole_number_option("--seed", default=SEED, help="The same seed gives the same numbers on one machine.")
+@_whole_number_option("--steps", default=STEPS, help="Training steps per run.")
+@_whole_number_option("--seed", default=SEED, help="The same seed gives the same numbers on the same machine.")
 @_number_option(
     "--lr",
     help=f"Learning rate of plain SGD, the same for every strategy.  [default: {_per_name(LEARNING_RATES)}]",
@@ -107,7 +107,7 @@ def _per_name(values: dict[str, float]) -> str:
     metavar="FOLDER",
     default=OUT,
     show_default=True,
-    help="Where to write. If it is there already, a new one beside it is taken.",
+    help="Output folder. If it exists, a numbered folder beside it is used instead.",
 )
 def compare(
     *,
@@ -120,10 +120,10 @@ def compare(
     lr: float | None,
     out: str,
 ) -> None:
-    """Checks everything, trains, writes and prints."""
+    """Checks the settings, trains, writes the files and prints the results."""
     settings = Settings(network, strategies, threshold, steps, seed, lr)
     corpus = read_text(None if text is None else Path(text))
-    # These load PyTorch and plotly: nobody waits for them to read a message about a setting, or the help.
+    # Imported late, because they load PyTorch and plotly: help and setting errors come at once.
     from tamegrad.study.compare import compare as train_all
     from tamegrad.study.page import write_page
     from tamegrad.study.results import make_results, read_results, write_results
@@ -136,19 +136,19 @@ def compare(
     results = make_results(comparison, _environment(started, time.perf_counter() - clock))
     try:
         numbers = write_results(results, folder)
-        # Made from what was written, so that the page shows nothing that the file does not hold.
+        # Made from the written file, so that the page shows only what the file holds.
         page = write_page(read_results(numbers), folder)
     except OSError as error:
         raise _not_writable(str(folder), error) from error
     print_results(results)
     click.echo(f"Page:    {page}\nNumbers: {numbers}")
     if comparison.partial:
-        click.echo("Partial: interrupted, this is what was measured until then.")
+        click.echo("Partial: interrupted; these are the results so far.")
         raise click.Abort
 
 
 def _new_folder(out: str) -> Path:
-    """Makes the folder, or where something is already there, one beside it with the next number."""
+    """Makes the folder or, if that path exists, one beside it with the next free number."""
     wanted = Path(out)
     if not out or not wanted.resolve().name:
         raise SettingError("--out", got=repr(out), allowed="the path of a folder", advice=f"leave it out for {OUT}")
@@ -169,14 +169,14 @@ def _new_folder(out: str) -> Path:
 def _not_writable(out: str, error: OSError) -> SettingError:
     return SettingError(
         f"--out {out}",
-        got=f"a place that cannot be written to ({error.strerror})",
+        got=f"a path that cannot be written to ({error.strerror})",
         allowed="a folder that can be made and written to",
-        advice="pass --out with another place",
+        advice="pass another folder to --out",
     )
 
 
 def _environment(started: datetime, seconds: float) -> dict[str, Any]:
-    """Returns where the results are from."""
+    """Returns the command line, time, versions and machine of the results."""
     packages = ("torch", "numpy", "plotly")
     return {
         "command": shlex.join(["tamegrad", *sys.argv[1:]]),

@@ -1,4 +1,4 @@
-"""All runs, one strategy after the other, and which strategy to use."""
+"""Runs one strategy after the other, and recommends one."""
 
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -13,17 +13,17 @@ from tamegrad.study.train import Run, new_run, train
 
 __all__ = ["Comparison", "compare", "recommend"]
 
-AS_GOOD = 0.02  # nats a byte: closer than that, another seed may turn the order around
+AS_GOOD = 0.02  # nats per byte: within this, another seed may reverse the order
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What was measured.
+    """The outcome of one comparison.
 
     Args:
-        settings: What was asked for.
-        text: What was trained on.
-        runs: One a strategy, as far as they went.
+        settings: Its settings.
+        text: The text that the networks were trained on.
+        runs: One per strategy, as far as they got.
         partial: Whether Ctrl-C ended it early.
     """
 
@@ -36,19 +36,19 @@ class Comparison:
 def compare(settings: Settings, text: Text, after_step: Callable[[Run], None]) -> Comparison:
     """Trains the same network on the same excerpts from the same seed, once under each strategy.
 
-    Ctrl-C ends the comparison after the step at hand, pressed twice at once, and keeps what was measured.
+    Ctrl-C ends the comparison after the current step, a second Ctrl-C at once; both keep the results so far.
 
     Args:
         settings: How to train, and under which strategies.
-        text: What to train on.
+        text: The text to train on.
         after_step: Called with the run after every step, to show progress.
 
     Returns:
-        What was measured.
+        The comparison, with one run per strategy.
     """
     runs: list[Run] = []
     threads = torch.get_num_threads()
-    # One thread is as fast for networks this small, and the numbers do not depend on how many cores there are.
+    # For networks this small one thread is as fast, and the numbers do not depend on the number of cores.
     torch.set_num_threads(1)
     partial = False
     try:
@@ -65,13 +65,13 @@ def compare(settings: Settings, text: Text, after_step: Callable[[Run], None]) -
 
 @contextmanager
 def _interrupted_between_steps(after_step: Callable[[Run], None]) -> Iterator[Callable[[Run], None]]:
-    """Makes Ctrl-C raise once the step at hand is done; a second one raises at once.
+    """Delays Ctrl-C until the current step is done; a second Ctrl-C raises at once.
 
-    Within a step there is code that swallows an interrupt (callbacks, finalizers) and code after which Python ends the
-    process by the signal, whoever handled it (text that is executed, under `python -m`).
+    Within a step some code swallows an interrupt (callbacks, finalizers), and after an interrupt in other code (`exec`
+    of a string, under `python -m`) Python kills the process with the signal even if the interrupt was handled.
     """
     usual = signal.getsignal(signal.SIGINT)
-    if usual is not signal.default_int_handler:  # who ignores Ctrl-C, or handles it otherwise, goes on to do so
+    if usual is not signal.default_int_handler:  # leaves an ignored Ctrl-C, or a handler of the caller's, alone
         yield after_step
         return
 
@@ -95,30 +95,30 @@ def _interrupted_between_steps(after_step: Callable[[Run], None]) -> Iterator[Ca
 
 
 def recommend(runs: Sequence[Run]) -> tuple[str | None, str]:
-    """Returns which strategy to use, and why in one line: the lowest final held-out loss of those that did not diverge.
+    """Recommends the strategy with the lowest final held-out loss of the runs that did not diverge.
 
     Args:
-        runs: What was measured.
+        runs: The runs to choose from.
 
     Returns:
-        The strategy's name, or None if no run held; and the sentence.
+        The strategy's name, or None if no run learned without diverging, and the reason in one line.
     """
     completed = [run for run in runs if run.ended != "interrupted"]
-    held = [run for run in completed if run.diverged_at is None and _final(run) < run.held_out[0][1]]
-    if not held:
+    stable = [run for run in completed if run.diverged_at is None and _final(run) < run.held_out[0][1]]
+    if not stable:
         advice = " Try a smaller --lr or --threshold." if len(completed) == len(runs) else ""
-        return None, f"No strategy can be recommended: no completed run both held and learned.{advice}"
-    best = min(held, key=_final)
+        return None, f"No strategy can be recommended: no completed run learned without diverging.{advice}"
+    best = min(stable, key=_final)
     setting = "" if best.threshold is None else f" (threshold {best.threshold:g})"
     sentence = (
-        f"Use {best.strategy}{setting}: held-out loss {_final(best):.3f}, the lowest of those that did not diverge."
+        f"Use {best.strategy}{setting}: held-out loss {_final(best):.3f}, the lowest of the runs that did not diverge."
     )
-    close = [run.strategy for run in held if run is not best and _final(run) - _final(best) <= AS_GOOD]
+    close = [run.strategy for run in stable if run is not best and _final(run) - _final(best) <= AS_GOOD]
     if close:
-        sentence += f" As good, within {AS_GOOD}: {', '.join(close)}."
+        sentence += f" As good (within {AS_GOOD}): {', '.join(close)}."
     lower = [run for run in completed if run.recovered and _final(run) < _final(best)]
     if lower:
-        sentence += " Lower, but diverged on the way: "
+        sentence += " Lower, but diverged along the way: "
         sentence += ", ".join(f"{run.strategy} ({_final(run):.3f}, at step {run.diverged_at})" for run in lower) + "."
     return best.strategy, sentence
 

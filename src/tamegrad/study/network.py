@@ -1,4 +1,4 @@
-"""The network that is trained, and what of the text it sees at each step."""
+"""The network, and the excerpts of text that it is trained and evaluated on."""
 
 from collections.abc import Iterator
 
@@ -31,19 +31,19 @@ class ByteNetwork(nn.Module):
             self.rnn = nn.LSTM(EMBEDDING, HIDDEN, STACKED, batch_first=True)
         else:
             self.rnn = nn.RNN(EMBEDDING, HIDDEN, STACKED, nonlinearity="relu", batch_first=True)
-            # The usual start of a ReLU network: its memory neither fades nor grows on the way through the text.
+            # The usual initialization of a ReLU RNN: the hidden state neither decays nor grows along the sequence.
             for layer in range(STACKED):
                 nn.init.orthogonal_(getattr(self.rnn, f"weight_hh_l{layer}"))
         self.out = nn.Linear(HIDDEN, VOCABULARY)
 
     def loss(self, excerpts: Tensor) -> Tensor:
-        """Returns the mean cross-entropy of each excerpt's next bytes.
+        """Returns the mean cross-entropy of predicting each next byte.
 
         Args:
             excerpts: `(excerpts, LENGTH + 1)` bytes.
 
         Returns:
-            Nats a byte, 0-dim.
+            Nats per byte, 0-dim.
         """
         hidden, _ = self.rnn(self.embedding(excerpts[:, :-1]))
         return nn.functional.cross_entropy(self.out(hidden).flatten(0, 1), excerpts[:, 1:].flatten())
@@ -54,7 +54,7 @@ def make_network(kind: str, seed: int) -> ByteNetwork:
 
     Args:
         kind: `"rnn"` or `"lstm"`.
-        seed: Decides its first parameters.
+        seed: Seeds the initial parameters.
 
     Returns:
         The network.
@@ -65,11 +65,11 @@ def make_network(kind: str, seed: int) -> ByteNetwork:
 
 
 def batches(text: Text, seed: int) -> Iterator[Tensor]:
-    """Yields excerpts to train on without end; the same seed gives the same ones.
+    """Yields training batches without end; the same seed gives the same batches.
 
     Args:
-        text: The text; its held-out part is never touched.
-        seed: Decides which excerpts.
+        text: The text; its held-out part is never used.
+        seed: Seeds the choice of excerpts.
 
     Yields:
         `(BATCH, LENGTH + 1)` bytes.
@@ -83,7 +83,7 @@ def batches(text: Text, seed: int) -> Iterator[Tensor]:
 
 
 def held_out_batch(text: Text) -> Tensor:
-    """Returns the held-out excerpts that every run is judged by, evenly spread.
+    """Returns the held-out excerpts that every run is evaluated on, evenly spaced.
 
     Args:
         text: The text.

@@ -1,4 +1,4 @@
-"""Makes the page: one HTML file that needs nothing but itself."""
+"""Makes the page: one self-contained HTML file."""
 
 import json
 from pathlib import Path
@@ -18,13 +18,13 @@ FILE_NAME = "index.html"
 
 
 def make_page(results: Results) -> str:
-    """Returns the page of a comparison: everything on it is in the results.
+    """Returns the page of a comparison, made from the results alone.
 
     Args:
-        results: What `results.json` holds.
+        results: The contents of `results.json`.
 
     Returns:
-        HTML with its styles, scripts and data inside.
+        HTML with styles, scripts and data inline.
     """
     names = list(STRATEGIES)
     charts = {
@@ -50,14 +50,14 @@ def make_page(results: Results) -> str:
 
 
 def write_page(results: Results, folder: Path) -> Path:
-    """Writes `index.html` whole, or not at all.
+    """Writes `index.html` atomically.
 
     Args:
-        results: What `results.json` holds.
-        folder: Where.
+        results: The contents of `results.json`.
+        folder: The folder to write to.
 
     Returns:
-        The file.
+        The path of the file.
 
     Raises:
         OSError: If the folder cannot be written to.
@@ -68,5 +68,5 @@ def write_page(results: Results, folder: Path) -> Path:
 
 
 def _script(source: str) -> Markup:
-    """Returns a script or data as it can stand inside of a script element, which nothing but its end tag ends."""
+    """Escapes a script or JSON for use inside a script element, which only its end tag closes."""
     return Markup(source.replace("</script", "<\\/script"))  # noqa: S704  our own data, and plotly's own script

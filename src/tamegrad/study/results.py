@@ -1,6 +1,6 @@
-"""What `tamegrad compare` writes as `results.json`: the schema, and strict JSON in and out.
+"""The schema of `results.json`, the output of `tamegrad compare`, and functions to read and write it as strict JSON.
 
-In the file, numbers that are not finite are the strings "NaN", "Infinity" and "-Infinity". Losses are in nats a byte.
+In the file, non-finite numbers are the strings "NaN", "Infinity" and "-Infinity". Losses are in nats per byte.
 """
 
 import json
@@ -23,26 +23,26 @@ _NONFINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 class HeldOut(TypedDict):
-    """The loss on held-out text; the lists have one entry an evaluation."""
+    """The loss on held-out text; the lists have one entry per evaluation."""
 
-    step: list[int]  # how many steps were done
+    step: list[int]  # the number of steps done
     loss: list[float]
 
 
 class RunResults(TypedDict):
-    """One run; the lists have one entry a step, from step 1."""
+    """One run; the lists have one entry per step, from step 1."""
 
     strategy: str
-    means: str  # the strategy as tamegrad writes it
+    means: str  # the strategy as tamegrad prints it
     threshold: float | None
     ended: Literal["completed", "non-finite", "interrupted"]
     diverged_at: int | None  # the first step with a training loss that is not finite or above settings.diverged_loss
-    recovered: bool  # whether a run that diverged was back under that limit at its end
+    recovered: bool  # whether the run diverged, but ended under that limit
     first_loss: float | None  # on held-out text, before the first step
-    final_loss: float | None  # on held-out text, the last that was measured
-    median_norm: float | None  # of the whole gradient before the strategy; a norm that is not finite counts as largest
+    final_loss: float | None  # on held-out text, the last one measured
+    median_norm: float | None  # of the whole gradient before the strategy; a non-finite norm counts as the largest
     largest_norm: float | None
-    clipped_share: float | None  # of the steps, those in which the strategy made any group smaller
+    clipped_share: float | None  # share of the steps in which the strategy shrank any group
     layer_clipped_share: dict[str, float]
     median_milliseconds: float | None
     train_loss: list[float]
@@ -67,14 +67,14 @@ class Results(TypedDict):
 
 
 def make_results(comparison: Comparison, environment: dict[str, Any]) -> Results:
-    """Puts a comparison into the form that is written.
+    """Converts a comparison to the schema of `results.json`.
 
     Args:
-        comparison: What was measured.
-        environment: Where: versions, platform, command line.
+        comparison: The comparison.
+        environment: Versions, platform and command line.
 
     Returns:
-        The results, with numbers as they are.
+        The results; non-finite numbers are still floats.
     """
     settings, text = comparison.settings, comparison.text
     recommended, recommendation = recommend(comparison.runs)
@@ -111,14 +111,14 @@ def make_results(comparison: Comparison, environment: dict[str, Any]) -> Results
 
 
 def write_results(results: Results, folder: Path) -> Path:
-    """Writes `results.json` whole, or not at all.
+    """Writes `results.json` atomically.
 
     Args:
-        results: What to write.
-        folder: Where.
+        results: The results.
+        folder: The folder to write to.
 
     Returns:
-        The file.
+        The path of the file.
 
     Raises:
         OSError: If the folder cannot be written to.
@@ -129,11 +129,11 @@ def write_results(results: Results, folder: Path) -> Path:
 
 
 def write_whole(path: Path, content: str) -> None:
-    """Writes a file so that nobody ever finds half of it.
+    """Writes a file atomically, so that no reader sees half of it.
 
     Args:
         path: The file.
-        content: All of it.
+        content: Its whole content.
 
     Raises:
         OSError: If the folder cannot be written to.
@@ -154,10 +154,10 @@ def read_results(path: Path) -> Results:
 
     Raises:
         OSError: If the file cannot be read.
-        ValueError: If it is no JSON.
+        ValueError: If it is not JSON.
     """
     document = json.loads(path.read_text(encoding="utf-8"))
-    # Only these two hold measured or set numbers; elsewhere, in a path for one, "NaN" is a word.
+    # Only these two parts hold numbers that may be non-finite; elsewhere, as in a path, "NaN" is plain text.
     for part in ("settings", "runs"):
         document[part] = _decoded(document[part])
     return cast("Results", document)

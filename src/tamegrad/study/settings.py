@@ -1,4 +1,4 @@
-"""What one comparison is asked to do: every setting, its default and its check. Loads no framework."""
+"""The settings of a comparison, with their defaults and checks. Imports no framework."""
 
 import math
 from collections.abc import Sequence
@@ -13,16 +13,16 @@ TORCH_GLOBAL = "torch-global"
 STRATEGIES = (*(member.value for member in GradientNormalization), TORCH_GLOBAL)
 NETWORKS = ("rnn", "lstm")
 
-# The defaults are chosen to show trouble, by trying: at this learning rate the loss of the ReLU network without
-# normalization stopped being finite within 40 steps for all of the seeds 0 to 9. Of the 32 runs that clip, with the
-# seeds 0 to 7 (3 to 7 for 40 steps only), 31 held: torch-global passed the limit for one step with seed 0.
-# Renormalization passed it in its first steps with some seeds, and came back.
+# The defaults were found by trial and make training unstable on purpose: at this learning rate the loss of the ReLU
+# network without normalization became non-finite within 40 steps for all seeds from 0 to 9. Of the 32 runs that clip,
+# with seeds 0 to 7 (3 to 7 for 40 steps only), 31 did not diverge: torch-global passed the limit for one step with
+# seed 0. Renormalization passed it in the first steps with some seeds, and recovered.
 STEPS = 300
 SEED = 0
 LEARNING_RATES = {"rnn": 0.25, "lstm": 2.0}
 
-# With these no strategy that clips lets the gradient of all 107,264 parameters of the rnn be longer than about 1:
-# 4 layers of 0.5, 9 parameter types of 0.33, every element 0.003. None of them is held to a shorter step than another.
+# With these, every strategy that clips limits the norm of the rnn's whole gradient (107,264 parameters) to about 1:
+# 4 layers of 0.5, 9 parameter types of 0.33, every element 0.003. So none is limited to shorter steps than another.
 THRESHOLDS = {
     GradientNormalization.CLIP_ELEMENT_WISE_ABSOLUTE_VALUE.value: 0.003,
     GradientNormalization.CLIP_L2_PER_LAYER.value: 0.5,
@@ -30,8 +30,8 @@ THRESHOLDS = {
     TORCH_GLOBAL: 1.0,
 }
 
-VOCABULARY = 256  # every byte is a symbol, so that any text will do
-UNIFORM_LOSS = math.log(VOCABULARY)  # nats a byte, of a network that knows nothing
+VOCABULARY = 256  # one symbol per byte, so that any text works
+UNIFORM_LOSS = math.log(VOCABULARY)  # nats per byte, of a network that has learned nothing
 DIVERGED_LOSS = 2 * UNIFORM_LOSS
 
 BATCH = 16
@@ -45,11 +45,11 @@ class Settings:
 
     Args:
         network: `"rnn"` (ReLU) or `"lstm"`.
-        strategies: What to train under: Deeplearning4j's names and `torch-global`; empty for all of them.
-        threshold: For every strategy that has one; None for each one's own default.
-        steps: Training steps of every run.
-        seed: Decides the network's first parameters and the order of the text.
-        lr: The learning rate of SGD, the same for every strategy; None for the network's own default.
+        strategies: The strategies to train under: Deeplearning4j's names and `torch-global`; empty for all of them.
+        threshold: The threshold of every strategy that has one; None for each strategy's default.
+        steps: Training steps per run.
+        seed: Seeds the initial parameters and the choice of excerpts.
+        lr: The learning rate of SGD, the same for every strategy; None for the network's default.
 
     Raises:
         SettingError: If a setting is unknown or out of range.
@@ -59,7 +59,7 @@ class Settings:
         2.0
         >>> Settings(steps=0)
         Traceback (most recent call last):
-        tamegrad.errors.SettingError: --steps: got 0; allowed: a whole number from 1; next: leave it out for 300
+        tamegrad.errors.SettingError: --steps: got 0; allowed: a whole number of at least 1; next: leave it out for 300
     """
 
     network: str = "rnn"
@@ -74,10 +74,10 @@ class Settings:
         for name in self.strategies:
             _check_name("--strategy", name, STRATEGIES, "leave it out for all of them")
         if self.threshold is not None and not self.threshold > 0:
-            advice = "leave it out for each strategy's own default"
+            advice = "leave it out for each strategy's default"
             _refuse("--threshold", self.threshold, "a number above 0, or inf to measure only", advice)
         if self.steps < 1:
-            _refuse("--steps", self.steps, "a whole number from 1", f"leave it out for {STEPS}")
+            _refuse("--steps", self.steps, "a whole number of at least 1", f"leave it out for {STEPS}")
         if not 0 <= self.seed <= LARGEST_SEED:
             _refuse("--seed", self.seed, "a whole number from 0 to 2**63 - 1", f"leave it out for {SEED}")
         if self.lr is not None and not 0 < self.lr < math.inf:
@@ -88,7 +88,7 @@ class Settings:
 
     @property
     def learning_rate(self) -> float:
-        """The learning rate, given or default."""
+        """The learning rate, given or the default."""
         assert self.lr is not None
         return self.lr
 
@@ -98,7 +98,7 @@ def threshold_of(name: str, threshold: float | None) -> float | None:
 
     Args:
         name: The strategy's name.
-        threshold: What the user asked for, if anything.
+        threshold: The user's threshold, if any.
 
     Returns:
         The threshold; None for a strategy that has none.
@@ -113,14 +113,14 @@ def threshold_of(name: str, threshold: float | None) -> float | None:
 
 
 def strategy_of(name: str, threshold: float | None) -> Strategy:
-    """Returns the strategy of a run, as tamegrad says it.
+    """Returns the tamegrad strategy of a run.
 
     Args:
         name: The strategy's name.
         threshold: Its threshold, as `threshold_of` returns it.
 
     Returns:
-        The strategy; for `torch-global` the one with the same meaning but for PyTorch's epsilon.
+        The strategy; for `torch-global` the equivalent one, without PyTorch's epsilon.
 
     Example:
         >>> str(strategy_of("ClipL2PerLayer", 0.5)), str(strategy_of("torch-global", 1.0))

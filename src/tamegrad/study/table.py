@@ -1,4 +1,4 @@
-"""What the terminal shows: the bars while it runs, and the table at the end."""
+"""The terminal's output: progress bars during training, and the table at the end."""
 
 from typing import Self
 
@@ -15,10 +15,10 @@ __all__ = ["Bars", "print_results"]
 
 
 class Bars:
-    """One progress bar a strategy, on the error stream; a context manager.
+    """One progress bar per strategy, on stderr; a context manager.
 
     Args:
-        settings: What will be trained.
+        settings: The settings of the comparison.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -43,10 +43,10 @@ class Bars:
         self._progress.stop()
 
     def after_step(self, run: Run) -> None:
-        """Shows one step more.
+        """Advances the bar of a run by one step.
 
         Args:
-            run: The run that made it.
+            run: The run that took the step.
         """
         task = self._tasks[run.strategy]
         if len(run.steps) == 1:
@@ -60,11 +60,11 @@ def print_results(results: Results) -> None:
     """Prints the table and the recommendation.
 
     Args:
-        results: What was measured.
+        results: The results of the comparison.
     """
     console, table = output(), plain_table()
     for number, column in enumerate(COLUMNS):
-        # Narrow headings leave a terminal of the usual width to the names.
+        # Narrow headings leave room for the names in a terminal of the usual width.
         heading = column.title.replace(" ", "\n", 1)
         table.add_column(heading, justify="left" if number == 0 else "right", overflow="fold")
     for run in results["runs"]:

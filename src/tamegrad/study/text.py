@@ -1,4 +1,4 @@
-"""Reads the text that the networks learn: any UTF-8 file, or the files of a folder."""
+"""Reads the training text: a UTF-8 file, or the text files of a folder."""
 
 import codecs
 import os
@@ -11,7 +11,7 @@ from tamegrad.errors import SettingError
 
 __all__ = ["Text", "read_text"]
 
-MOST_BYTES = 2_000_000  # more would not be seen in a few hundred steps
+MOST_BYTES = 2_000_000  # a few hundred steps would not see more
 FEWEST_BYTES = 10_000
 HELD_OUT_SHARE = 0.1
 
@@ -20,12 +20,12 @@ _ADVICE = "pass --text FILE_OR_FOLDER, or leave it out for the source of Python'
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """The text of a comparison, as bytes of UTF-8.
+    """The text of a comparison, as UTF-8 bytes.
 
     Args:
-        data: All of it.
-        source: Where it is from, in words.
-        files: How many files it was read from.
+        data: The bytes.
+        source: Where it comes from, for people to read.
+        files: The number of files it was read from.
     """
 
     data: bytes
@@ -34,15 +34,15 @@ class Text:
 
     @property
     def held_out_from(self) -> int:
-        """The position of the first byte that no run is trained on: the last tenth is held out."""
+        """The index of the first held-out byte: the last tenth is held out."""
         return len(self.data) - int(len(self.data) * HELD_OUT_SHARE)
 
 
 def read_text(path: Path | None) -> Text:
     """Reads a file, a folder, or the default: the source of Python's standard library.
 
-    Of a folder all files count, those of folders below too, in the order of their paths, but for hidden ones (a name
-    that starts with a dot) and those that are not text. Text is UTF-8 without NUL. At most 2,000,000 bytes are read.
+    Folders are read recursively, in the order of paths, without hidden files and folders (names that start with a dot)
+    and without files that are not text. Text is UTF-8 without NUL. At most 2,000,000 bytes are read.
 
     Args:
         path: The file or folder; None for the default.
@@ -51,16 +51,16 @@ def read_text(path: Path | None) -> Text:
         The text.
 
     Raises:
-        SettingError: If there is nothing there, it cannot be read, is no text, or is shorter than 10,000 bytes.
+        SettingError: If the path does not exist, cannot be read, is not text, or is shorter than 10,000 bytes.
     """
     if path is None:
         library = Path(sysconfig.get_paths()["stdlib"])
-        # Only the top level: what lies below differs more between distributions.
+        # Only the top level: subfolders differ more between distributions.
         return _joined(library, sorted(library.glob("*.py")), "the source of Python's standard library")
     if path.is_dir():
         return _joined(path, _files_of(path), str(path))
     if not path.is_file():
-        found = "something that is no regular file" if path.exists() else "a path where nothing is"
+        found = "something that is not a regular file" if path.exists() else "a path that does not exist"
         raise _refusal(path, found, "a text file or a folder")
     try:
         data = _read(path, MOST_BYTES)
@@ -94,13 +94,13 @@ def _files_of(folder: Path) -> Iterator[Path]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
             file = Path(parent, name)
-            # A pipe would be waited for; a broken link is nothing.
+            # Skips pipes, which would block, and broken links.
             if not name.startswith(".") and file.is_file():
                 yield file
 
 
 def _read(file: Path, most: int) -> bytes | None:
-    """Returns the first bytes of a file, at most so many; None if they are no text."""
+    """Returns up to `most` bytes from the start of a file; None if they are not text."""
     with file.open("rb") as stream:
         data = stream.read(most)
         whole = not stream.read(1)
@@ -108,7 +108,7 @@ def _read(file: Path, most: int) -> bytes | None:
         return None
     decoder = codecs.getincrementaldecoder("utf-8")()
     try:
-        # Where the limit cuts through a character, what is left of it is dropped.
+        # Drops the rest of a character that the limit cuts in two.
         return decoder.decode(data, final=whole).encode()
     except UnicodeDecodeError:
         return None

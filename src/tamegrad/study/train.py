@@ -1,4 +1,4 @@
-"""One run: the network trained under one strategy, every step recorded."""
+"""Trains the network under one strategy and records every step."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -23,14 +23,14 @@ EVALUATIONS = 20
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one training step did.
+    """The record of one training step.
 
     Args:
-        loss: On the batch, before the step; nats a byte.
-        norm: Of the whole gradient, before the strategy.
-        layer_norms: Of each layer's gradient, before the strategy.
-        layer_clipped: Whether the strategy made any group of the layer smaller.
-        milliseconds: What the step took: forward, backward, strategy, optimizer.
+        loss: On the batch, before the step; in nats per byte.
+        norm: The norm of the whole gradient, before the strategy.
+        layer_norms: The norm of each layer's gradient, before the strategy.
+        layer_clipped: Whether the strategy shrank any group of the layer.
+        milliseconds: The time of the step: forward, backward, strategy, optimizer.
     """
 
     loss: float
@@ -42,15 +42,15 @@ class Step:
 
 @dataclass
 class Run:
-    """The record of one run; it grows while the run goes on, so that what was measured outlives Ctrl-C.
+    """The record of one run; it grows with every step, so that the results so far survive Ctrl-C.
 
     Args:
         strategy: The strategy's name.
         threshold: Its threshold; None for a strategy that has none.
         layers: The network's layers.
-        steps: One entry a step.
-        held_out: Pairs of how many steps were done and the loss on held-out text, in nats a byte.
-        ended: `"completed"`, `"non-finite"` where a loss was not and the run was stopped, `"interrupted"` by Ctrl-C.
+        steps: One entry per step.
+        held_out: Pairs of the number of steps done and the loss on held-out text, in nats per byte.
+        ended: `"completed"`, `"non-finite"` if a non-finite loss stopped the run, `"interrupted"` if Ctrl-C did.
     """
 
     strategy: str
@@ -62,43 +62,43 @@ class Run:
 
     @property
     def diverged_at(self) -> int | None:
-        """The first step, from 1, with a training loss that is not finite or above twice that of uniform guessing."""
+        """The first step, counted from 1, whose training loss is not finite or above twice that of uniform guessing."""
         losses = (step.loss for step in self.steps)
         return next((number for number, loss in enumerate(losses, 1) if not loss <= DIVERGED_LOSS), None)
 
     @property
     def recovered(self) -> bool:
-        """Whether the run diverged and was back under the limit at its end."""
+        """Whether the run diverged, but ended under the limit."""
         return self.diverged_at is not None and self.ended == "completed" and self.steps[-1].loss <= DIVERGED_LOSS
 
 
 class _Strategy:
-    """A strategy at work on a network: what happens between gradients and optimizer, and what is timed of it."""
+    """Applies one strategy between backward and the optimizer's step, and measures the layers for the record."""
 
     def __init__(self, run: Run, network: ByteNetwork, optimizer: torch.optim.Optimizer) -> None:
         self._network = network
         self._threshold = run.threshold if run.strategy == TORCH_GLOBAL else None
         strategy = strategy_of(run.strategy, run.threshold)
-        # Who uses no strategy, or PyTorch's clip, does not measure layers: there it is done aside and not timed.
-        self._aside = isinstance(strategy, Keep) or self._threshold is not None
+        # Training without a strategy, or with PyTorch's clip, needs no layer norms: measuring them is not timed.
+        self._untimed = isinstance(strategy, Keep) or self._threshold is not None
         self._normalizer: GradientNormalizer = (
-            GradientNormalizer(network, Keep()) if self._aside else attach(network, optimizer, strategy)
+            GradientNormalizer(network, Keep()) if self._untimed else attach(network, optimizer, strategy)
         )
         self.layers = tuple(layer.name for layer in self._normalizer.plan.layers)
         self._layer_of = [self.layers.index(group.name.split("/")[0]) for group in self._normalizer.plan.groups]
 
-    def measure_aside(self) -> None:
-        """Measures the layers where the strategy does not do so itself; not timed."""
-        if self._aside:
+    def measure_untimed(self) -> None:
+        """Measures the layers if the strategy does not; not timed."""
+        if self._untimed:
             self._normalizer.normalize_()
 
     def apply(self) -> None:
-        """Does what is left to do before the optimizer's step, which does the rest; timed."""
+        """Applies PyTorch's clip; other strategies run inside the optimizer's step. Timed."""
         if self._threshold is not None:
             nn.utils.clip_grad_norm_(self._network.parameters(), self._threshold)
 
     def record(self, loss: float, seconds: float) -> Step:
-        """Returns the record of the step that was just done."""
+        """Returns the record of the step just done."""
         report = self._normalizer.report
         assert report is not None
         norm = float(report.total_norm)
@@ -111,7 +111,7 @@ class _Strategy:
     def _layer_norms(self, report: Report[Tensor]) -> tuple[float, ...]:
         norms = [0.0] * len(self.layers)
         for layer, norm in zip(self._layer_of, report.norms.tolist(), strict=True):
-            # hypot calls infinity with NaN infinity; here NaN is to win.
+            # hypot(inf, nan) is inf; here NaN wins.
             norms[layer] = math.nan if math.isnan(norm + norms[layer]) else math.hypot(norms[layer], norm)
         return tuple(norms)
 
@@ -119,12 +119,12 @@ class _Strategy:
 def train(settings: Settings, text: Text, run: Run, after_step: Callable[[Run], None]) -> None:
     """Trains a network under one strategy, and records the run as it goes.
 
-    A loss that is not finite leaves NaN in every parameter, from which nothing recovers: the run stops there.
+    A non-finite loss leaves NaN in every parameter, and no step removes it: the run stops there.
 
     Args:
         settings: How to train.
-        text: What to train on.
-        run: Where to record; new, with the strategy's name.
+        text: The text to train on.
+        run: The record to fill: a new one, with the strategy's name.
         after_step: Called with the run after every step.
     """
     network = make_network(settings.network, settings.seed)
@@ -153,7 +153,7 @@ def new_run(settings: Settings, strategy: str) -> Run:
     """Returns the empty record of a run.
 
     Args:
-        settings: How it will be trained.
+        settings: How to train.
         strategy: The strategy's name.
 
     Returns:
@@ -168,7 +168,7 @@ def _step(network: ByteNetwork, optimizer: torch.optim.Optimizer, strategy: _Str
     loss = network.loss(batch)
     loss.backward()  # type: ignore[no-untyped-call]
     to_gradients = perf_counter() - started
-    strategy.measure_aside()
+    strategy.measure_untimed()
     started = perf_counter()
     strategy.apply()
     optimizer.step()

@@ -1,4 +1,4 @@
-"""The table's columns and how its numbers are written: one wording for the terminal and the page."""
+"""The table's columns and number formats, shared by the terminal and the page."""
 
 import math
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ class Column:
 
     Args:
         title: Its heading.
-        meaning: What it says, in one sentence.
+        meaning: What it shows, in one sentence.
     """
 
     title: str
@@ -26,22 +26,22 @@ COLUMNS = (
     Column("threshold", "The limit that was set; renormalization has none."),
     Column("first loss", "On held-out text, before the first step."),
     Column("final loss", "On held-out text, after the last step."),
-    Column("diverged at step", "The first step at which the run was in trouble, if there was one."),
+    Column("diverged at step", "The first step at which the run diverged, if any."),
     Column("median norm", "Of the whole gradient, before the strategy."),
     Column("largest norm", "Of the whole gradient, before the strategy."),
-    Column("clipped", "Share of steps in which the strategy made any part of the gradient smaller."),
-    Column("ms a step", "Median time of forward, backward, strategy and optimizer."),
+    Column("clipped", "Share of steps in which the strategy shrank any part of the gradient."),
+    Column("ms per step", "Median time of forward, backward, strategy and optimizer."),
 )
 
 
 def cells(run: RunResults) -> tuple[str, ...]:
-    """Returns the row of a run, one entry a column.
+    """Returns the row of a run, one cell per column.
 
     Args:
         run: The run.
 
     Returns:
-        What stands in the cells.
+        The text of the cells.
     """
     return (
         run["strategy"],
@@ -57,11 +57,11 @@ def cells(run: RunResults) -> tuple[str, ...]:
 
 
 def number(value: float | None, form: str = "g") -> str:
-    """Returns a number as people read it.
+    """Formats a number for people to read.
 
     Args:
-        value: The number; None where there is none.
-        form: A format for finite numbers.
+        value: The number; None if there is none.
+        form: The format of finite numbers.
 
     Returns:
         The text.
@@ -78,17 +78,17 @@ def number(value: float | None, form: str = "g") -> str:
 
 
 def diverged_rule(results: Results) -> str:
-    """Returns what "diverged" means, in one sentence.
+    """Returns the definition of "diverged" that the table uses.
 
     Args:
-        results: What was measured, with the limit.
+        results: The results, which hold the limit.
 
     Returns:
-        The sentence.
+        The definition, for people to read.
     """
     settings = results["settings"]
     return (
-        f"Diverged: the training loss was not finite or above {settings['diverged_loss']:.2f}, "
-        f"twice that of uniform guessing ({settings['uniform_loss']:.2f} nats a byte); the step is the first of these. "
-        "* recovered: at its end the run was back under that limit."
+        "Diverged at step: the first step with a training loss that is not finite or above "
+        f"{settings['diverged_loss']:.2f}, twice the loss of uniform guessing ({settings['uniform_loss']:.2f} nats per "
+        "byte). * recovered: the run ended under that limit."
     )

@@ -3,24 +3,23 @@
 import operator
 import sys
 import warnings
-from collections.abc import Sequence
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Unpack
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from tamegrad.errors import NonFiniteGradientError, SettingError, TamegradWarning
-from tamegrad.policy import Overrides
-from tamegrad.strategies import OnNonfinite
-from tamegrad.torch.kernels import BackendName
-from tamegrad.torch.layers import ModelLayers
-from tamegrad.torch.normalizer import GradientNormalizer, Model
-from tamegrad.torch.unsupported import refuse_deepspeed
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+from tamegrad.groups import Plan
+from tamegrad.report import Report
+from tamegrad.torch.backends import SelectedBackend
+from tamegrad.torch.model.layers import ModelLayers
+from tamegrad.torch.model.planning import Model
+from tamegrad.torch.model.selection import Selection
+from tamegrad.torch.model.unsupported import refuse_deepspeed
+from tamegrad.torch.normalizer import GradientNormalizer
+from tamegrad.torch.settings import Keywords, Settings
 
 __all__ = ["AttachedNormalizer", "attach"]
 
@@ -29,12 +28,7 @@ def attach(
     model: Model,
     optimizer: torch.optim.Optimizer,
     policy: object,
-    *,
-    overrides: Overrides | None = None,
-    layers: Sequence[str] | None = None,
-    on_nonfinite: OnNonfinite = "keep",
-    backend: BackendName = "auto",
-    process_groups: Sequence["ProcessGroup"] = (),
+    **settings: Unpack[Keywords],
 ) -> "AttachedNormalizer":
     """Normalizes gradients from now on before every step of an optimizer.
 
@@ -47,15 +41,11 @@ def attach(
         model: The model, or pairs of a name and a parameter.
         optimizer: Any optimizer of `torch.optim`, or a subclass of `torch.optim.Optimizer`.
         policy: A `Policy`, a strategy, or a member of `GradientNormalization` (threshold 1.0).
-        overrides: As in `GradientNormalizer`.
-        layers: As in `GradientNormalizer`.
-        on_nonfinite: As in `GradientNormalizer`; `"skip"` here leaves out the optimizer's step: neither parameters nor
-            the optimizer's state change. `LBFGS` cannot leave out a step.
-        backend: As in `GradientNormalizer`.
-        process_groups: As in `GradientNormalizer`.
+        **settings: As in `GradientNormalizer`. `on_nonfinite="skip"` here skips the optimizer's step: neither parameters
+            nor the optimizer's state change. `LBFGS` cannot skip a step.
 
     Returns:
-        The normalizer; its `report` is of the last step, its `detach()` ends the matter.
+        The attached normalizer: `report` is of the last step; call `detach()` to remove it.
 
     Raises:
         SettingError: If a setting is unknown, the optimizer holds no parameter of the model or has a normalizer
@@ -78,53 +68,56 @@ def attach(
         True
         >>> normalizer.detach()
     """
-    _check(optimizer, on_nonfinite)
-    return AttachedNormalizer(
-        model,
-        optimizer,
-        policy,
-        overrides=overrides,
-        layers=layers,
-        on_nonfinite=on_nonfinite,
-        backend=backend,
-        process_groups=process_groups,
-    )
+    checked = Settings.of(policy, **settings)
+    _check(optimizer, checked)
+    return AttachedNormalizer(model, optimizer, checked)
 
 
-class AttachedNormalizer(GradientNormalizer):
-    """A `GradientNormalizer` that an optimizer calls; `attach` makes it."""
+class AttachedNormalizer:
+    """A `GradientNormalizer` that an optimizer calls; `attach` makes it.
 
-    def __init__(
-        self,
-        model: Model,
-        optimizer: torch.optim.Optimizer,
-        policy: object,
-        *,
-        overrides: Overrides | None,
-        layers: Sequence[str] | None,
-        on_nonfinite: OnNonfinite,
-        backend: BackendName,
-        process_groups: Sequence["ProcessGroup"],
-    ) -> None:
+    Args:
+        model: The model, or pairs of a name and a parameter.
+        optimizer: The optimizer, without a normalizer so far.
+        settings: What the user set.
+    """
+
+    def __init__(self, model: Model, optimizer: torch.optim.Optimizer, settings: Settings) -> None:
         self._optimizer = optimizer
-        self._held = _held_by(optimizer)
-        self._unowned = 0
+        self._settings = settings
         self._hidden: list[tuple[nn.Parameter, Tensor]] = []
-        self._step: FrameType | None = None
-        super().__init__(
-            model,
-            policy,
-            overrides=overrides,
-            layers=layers,
-            on_nonfinite=on_nonfinite,
-            backend=backend,
-            process_groups=process_groups,
-        )
+        self._outermost: FrameType | None = None
+        self._normalizer = GradientNormalizer._selecting(model, settings, _HeldParameters(optimizer))  # noqa: SLF001
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
         _attached.add(optimizer)
+
+    @property
+    def report(self) -> Report[Tensor] | None:
+        """What the last step did; None before the first."""
+        return self._normalizer.report
+
+    @property
+    def plan(self) -> Plan:
+        """Every layer, its parameter types, its strategy."""
+        return self._normalizer.plan
+
+    @property
+    def backend(self) -> SelectedBackend:
+        """The backend that is used, and why."""
+        return self._normalizer.backend
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps were skipped so far because of non-finite gradients."""
+        return self._normalizer.skipped_steps
+
+    @property
+    def nonfinite_steps(self) -> dict[str, int]:
+        """As in `GradientNormalizer`."""
+        return self._normalizer.nonfinite_steps
 
     def detach(self) -> None:
         """Takes the normalizer off the optimizer; its report stays. Detaching twice is no error."""
@@ -133,40 +126,15 @@ class AttachedNormalizer(GradientNormalizer):
         self._hooks.clear()
         _attached.discard(self._optimizer)
 
-    def _choose(self, whole: ModelLayers) -> ModelLayers:
-        self._held = _held_by(self._optimizer)
-        chosen = whole.restricted_to(self._held)
-        if whole.parameters and not chosen.parameters:
-            raise SettingError(
-                "attach(model, optimizer)",
-                got="an optimizer that holds no parameter of this model",
-                allowed="an optimizer of some of the model's parameters",
-                advice="make the optimizer from model.parameters(), after the model was moved or wrapped",
-            )
-        unowned = len({id(parameter) for parameter in self._held}) - len(chosen.parameters)
-        if unowned > self._unowned:
-            warnings.warn(
-                f"{unowned} of the optimizer's {len(self._held)} parameters belong to no layer of the model; their "
-                "gradients are left as they are (this is said once)",
-                TamegradWarning,
-                stacklevel=2,
-            )
-        self._unowned = unowned
-        return chosen
-
-    def _keeps_parameters(self) -> bool:
-        held = _held_by(self._optimizer)
-        return len(held) == len(self._held) and all(map(operator.is_, held, self._held))
-
     def _before_step(
         self, _: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         # A flag would stay set when a step raises; the stack tells a step inside a step from the step after.
         caller = sys._getframe(1)  # noqa: SLF001
-        if self._step is not None and _is_inside(caller, self._step):
+        if self._outermost is not None and _is_inside(caller, self._outermost):
             # A subclass called super().step(): its gradients are normalized already.
             return None
-        self._step = caller
+        self._outermost = caller
         # What a step hid and then raised is not shown again: by now it may be the gradient of another batch.
         self._hidden.clear()
         # args[0] is the optimizer. With a closure the gradients do not exist yet.
@@ -185,17 +153,17 @@ class AttachedNormalizer(GradientNormalizer):
         return (args[0], normalized, *args[2:]), kwargs
 
     def _after_step(self, *_: object) -> None:
-        if self._step is sys._getframe(1):  # noqa: SLF001  only the outermost step ends the matter
-            self._step = None
+        if self._outermost is sys._getframe(1):  # noqa: SLF001  an inner step is not the end
+            self._outermost = None
             self._show()
 
     def _normalize_for_step(self) -> None:
         # torch.amp.GradScaler leaves it to a fused optimizer to divide by the loss scale and to skip on infinity.
         loss_scale = getattr(self._optimizer, "grad_scale", None)
         found_inf = getattr(self._optimizer, "found_inf", None)
-        scaler_skips = found_inf is not None and self._on_nonfinite in {"skip", "raise"} and bool(found_inf)
+        scaler_skips = found_inf is not None and self._settings.on_nonfinite in {"skip", "raise"} and bool(found_inf)
         try:
-            report = self._normalize(loss_scale, scaler_skips=scaler_skips)
+            report = self._normalizer._normalize(loss_scale, scaler_skips=scaler_skips)  # noqa: SLF001
         except NonFiniteGradientError:
             # The scaler takes its attributes back after the step, which now it does not reach.
             for name in ("grad_scale", "found_inf"):
@@ -207,7 +175,7 @@ class AttachedNormalizer(GradientNormalizer):
 
     def _hide(self) -> None:
         """Hides the gradients: a hook cannot cancel a step, but no optimizer touches a parameter without a gradient."""
-        for parameter in self._held:
+        for parameter in _held_by(self._optimizer):
             if parameter.grad is not None:
                 self._hidden.append((parameter, parameter.grad))
                 parameter.grad = None
@@ -222,7 +190,7 @@ class AttachedNormalizer(GradientNormalizer):
 _attached: WeakSet[torch.optim.Optimizer] = WeakSet()
 
 
-def _check(optimizer: torch.optim.Optimizer, on_nonfinite: OnNonfinite) -> None:
+def _check(optimizer: torch.optim.Optimizer, settings: Settings) -> None:
     """Refuses what cannot be attached to."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise SettingError(
@@ -239,13 +207,53 @@ def _check(optimizer: torch.optim.Optimizer, on_nonfinite: OnNonfinite) -> None:
             allowed="one normalizer an optimizer",
             advice="detach() the first one, or put both strategies into one policy: overrides={...}",
         )
-    if on_nonfinite == "skip" and isinstance(optimizer, torch.optim.LBFGS):
+    if settings.on_nonfinite == "skip" and isinstance(optimizer, torch.optim.LBFGS):
         raise SettingError(
             "attach(on_nonfinite)",
             got='"skip" with LBFGS, whose step changes its state whatever the gradients are',
             allowed='"keep", "zero" or "raise" with LBFGS',
             advice='pass on_nonfinite="zero" or "raise"',
         )
+
+
+class _HeldParameters(Selection):
+    """The parameters that an optimizer holds.
+
+    Args:
+        optimizer: The optimizer.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+        self._held: list[nn.Parameter] = []
+        self._unowned = 0
+
+    def of(self, layers: ModelLayers) -> ModelLayers:
+        """Returns the layers with what the optimizer holds now."""
+        self._held = _held_by(self._optimizer)
+        selected = layers.restricted_to(self._held)
+        if layers.parameters and not selected.parameters:
+            raise SettingError(
+                "attach(model, optimizer)",
+                got="an optimizer that holds no parameter of this model",
+                allowed="an optimizer of some of the model's parameters",
+                advice="make the optimizer from model.parameters(), after the model was moved or wrapped",
+            )
+        unowned = len({id(parameter) for parameter in self._held}) - len(selected.parameters)
+        if unowned > self._unowned:
+            warnings.warn(
+                f"{unowned} of the optimizer's {len(self._held)} parameters belong to no layer of the model; their "
+                "gradients are left as they are (tamegrad warns once)",
+                TamegradWarning,
+                stacklevel=2,
+            )
+        self._unowned = unowned
+        return selected
+
+    def changed(self) -> bool:
+        """Returns whether the optimizer holds other parameters than last time."""
+        held = _held_by(self._optimizer)
+        return len(held) != len(self._held) or not all(map(operator.is_, held, self._held))
 
 
 def _held_by(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

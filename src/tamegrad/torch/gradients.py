@@ -1,7 +1,8 @@
-"""Collects the gradients of a step as plain tensors that a backend can read and write in place, each once."""
+"""Collects the gradients of a step as dense tensors that every backend can read and write in place, each once."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -10,103 +11,111 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tamegrad.errors import SettingError
-from tamegrad.torch.kernels.memory import DTYPES, Located, Memory, holds_lazy, is_lazy, locate
-from tamegrad.torch.partial import settled
-from tamegrad.torch.sharding import local_part, mesh_of, with_local_part
+from tamegrad.torch.memory import DTYPES, Memory, is_dense, is_lazy, overlaps_itself, owns_memory
+from tamegrad.torch.sharded.partial import with_placements_of
+from tamegrad.torch.sharded.sharding import local_part, mesh_of, with_local_part
 
-__all__ = ["DTYPES", "Collector", "Gradients", "collect"]
+__all__ = ["Gradients", "collect"]
 
 
 @dataclass(frozen=True, slots=True)
+class Copy:
+    """A gradient that cannot be read or written where it is, and the copy that stands in for it.
+
+    Args:
+        made: What was made of the gradient: a dense tensor, or a coalesced sparse one.
+        target: The gradient, if the copy is to be written to it; None if the copy takes its place.
+        parameters: The parameters whose gradient it is.
+    """
+
+    made: Tensor
+    target: Tensor | None
+    parameters: list[nn.Parameter]
+
+    @property
+    def values(self) -> Tensor:
+        """The dense values of the copy."""
+        return self.made.values() if self.made.is_sparse else self.made
+
+    def write_back(self) -> None:
+        """Gives the parameters what was made of the copy."""
+        if self.target is not None:
+            self.target.copy_(self.made)
+            return
+        for parameter in self.parameters:
+            parameter.grad = self.made if mesh_of(parameter) is None else with_local_part(parameter, self.made)
+
+
+@dataclass(frozen=True)
 class Gradients:
     """The gradients of one step.
 
     Args:
-        values: One a parameter of the plan, dense, in one of `DTYPES`: the gradient itself, the values of a sparse one,
-            what this process has of a sharded one, or a copy of what cannot be read or written in place. None where
-            there is no gradient, or it came before.
-        copies: For each position in `values` that holds a copy: what the gradient becomes if the values change, and
-            the parameters whose gradient it is.
+        values: One a parameter of the plan: a tensor whose values fill its memory, in one of `DTYPES`. It is the
+            gradient itself, the values of a sparse one, what this rank has of a sharded one, or a copy. None where
+            there is no gradient, or it was collected for an earlier parameter.
+        memory: Where they are, one entry a parameter.
+        copies: By position, the values that are copies.
     """
 
     values: list[Tensor | None]
-    copies: dict[int, tuple[Tensor, list[nn.Parameter]]] = field(default_factory=dict)
+    memory: Memory
+    copies: dict[int, Copy] = field(default_factory=dict)
 
-    def write_back(self, changed: Sequence[bool]) -> None:
-        """Gives the parameters the copies that were changed; `changed` has one entry a parameter of the plan."""
-        for position, (gradient, parameters) in self.copies.items():
-            if changed[position]:
-                for parameter in parameters:
-                    parameter.grad = gradient if mesh_of(parameter) is None else with_local_part(parameter, gradient)
+    @cached_property
+    def on_host(self) -> bool:
+        """Whether all values are in memory of the CPU."""
+        if type(None) in set(map(type, self.values)):
+            devices = {values.get_device() for values in self.values if values is not None}
+        else:
+            devices = set(map(Tensor.get_device, self.values))  # type: ignore[arg-type]  # none is None
+        # Meta tensors have no number either, but no addresses.
+        return devices <= {-1} and bool(((self.memory.addresses != 0) | (self.memory.counts == 0)).all())
 
+    def refuse_unwritable(self, changed: NDArray[np.bool_], names: Sequence[str]) -> None:
+        """Refuses to change inference tensors outside of inference mode, as PyTorch does.
 
-class Collector:
-    """Collects the gradients of one plan, step after step.
-
-    It keeps no gradient. Nor does it remember what gradients were like: `zero_grad` mostly makes every gradient a new
-    tensor, so asking has to be fast anyway, and what is asked anew cannot be out of date.
-
-    Args:
-        parameters: The parameters in the order of the plan.
-        names: Their names, for messages.
-        located: Whether to find out where in memory the gradients are, for a backend that works on addresses.
-
-    Attributes:
-        objects: `(P,)`: the `id` of each parameter, for compiled code that walks over them; None where that cannot be
-            done.
-    """
-
-    def __init__(self, parameters: Sequence[nn.Parameter], names: Iterable[str], *, located: bool) -> None:
-        self._parameters = tuple(parameters)
-        self._names = tuple(names)
-        self._located = located
-        self.objects: NDArray[np.int64] | None = None
-        if located and not any(map(_hides_gradient, parameters)):
-            self.objects = np.array([id(parameter) for parameter in parameters], dtype=np.int64)
-
-    def collect(self) -> Gradients:
-        """Collects the gradients that the parameters have now.
-
-        Returns:
-            The gradients.
+        Args:
+            changed: One a parameter of the plan: whether its gradient would change.
+            names: The parameters' names.
 
         Raises:
-            SettingError: If a gradient is of a kind that cannot be normalized; nothing was changed.
+            SettingError: If one would; nothing was changed.
         """
-        plain = self._collect_plain(self.objects) if self.objects is not None else None
-        if plain is not None:
-            return Gradients(plain)
-        collected = collect(self._parameters, self._names)
-        if not self._located:
-            return collected
-        values = Located(collected.values)
-        values.memory = locate(values)
-        return Gradients(values, collected.copies)
+        if torch.is_inference_mode_enabled():
+            return
+        for position in np.flatnonzero(changed).tolist():
+            values = self.values[position]
+            if values is not None and values.is_inference():
+                raise SettingError(
+                    f"gradient of {names[position]}",
+                    got="an inference tensor outside of inference mode, which PyTorch does not let anyone change",
+                    allowed="ordinary tensors, or a call inside torch.inference_mode()",
+                    advice="clone the gradient outside of torch.inference_mode()",
+                )
 
-    def _collect_plain(self, parameters: NDArray[np.int64]) -> Located | None:
-        """Returns the gradients if all are plain tensors on the CPU that share no memory, which one look can tell."""
-        # Numba takes a while to import, and another backend does not need it.
-        from tamegrad.torch.kernels import objects  # noqa: PLC0415
+    def write_back(self, changed: NDArray[np.bool_]) -> None:
+        """Gives the parameters the copies that were changed.
 
-        values, table = Located([None] * len(parameters)), np.empty((len(parameters), 3), dtype=np.int64)
-        if not objects.AVAILABLE:
-            return None
-        plain, some_may_be_lazy = objects.gather(parameters, values, table)
-        if not plain or (some_may_be_lazy and holds_lazy(values, table)):
-            return None
-        values.memory = Memory(table)
-        return values
+        Args:
+            changed: One a parameter of the plan.
+        """
+        for position, copy in self.copies.items():
+            if changed[position]:
+                copy.write_back()
 
 
-def collect(parameters: Sequence[nn.Parameter], names: Iterable[str]) -> Gradients:
+def collect(parameters: Sequence[nn.Parameter], names: Sequence[str], *, sharded: bool) -> Gradients:
     """Collects the gradients that parameters have now.
 
     A gradient that two parameters share, as one tensor or as the same memory, is collected for the first alone. Of a
-    sharded one the part of this process is collected.
+    sharded one the part of this rank is collected. What cannot be read and written in place is copied: uncoalesced
+    sparse, lazily conjugated, expanded and strided gradients, and tensor subclasses without memory of their own.
 
     Args:
         parameters: The parameters in the order of the plan.
         names: Their names, for messages.
+        sharded: Whether some parameters are DTensors.
 
     Returns:
         The gradients.
@@ -114,73 +123,145 @@ def collect(parameters: Sequence[nn.Parameter], names: Iterable[str]) -> Gradien
     Raises:
         SettingError: If a gradient is of a kind that cannot be normalized; nothing was changed.
     """
-    names = tuple(names)
-    collected = Gradients([None] * len(parameters))
-    parts, moved = _local_parts(parameters, names)
-    seen: dict[tuple[int, int], int] = {}
-    for position, (parameter, gradient) in enumerate(zip(parameters, parts, strict=True)):
+    gradients: list[Any] = [parameter.grad for parameter in parameters]
+    copies: dict[int, Copy] = {}
+    if sharded or set(map(type, gradients)) - {Tensor, type(None)}:
+        gradients = _plain_parts(parameters, gradients, names, copies)
+    sparse: dict[int, Tensor] = {}
+    positions, present = _present(gradients)
+    try:
+        memory = Memory.of(present)
+    except RuntimeError:
+        # Some have no storage of their own; their values have.
+        sparse = _replace_sparse(gradients, names)
+        positions, present = _present(gradients)
+        memory = Memory.of(present)
+    unusual, owners = memory.unusual(present), memory.shared()
+    if unusual or owners or sparse:
+        places = positions.tolist()
+        sharing: dict[int, list[nn.Parameter]] = {}
+        for index, owner in owners.items():
+            sharing.setdefault(places[owner], []).append(parameters[places[index]])
+            gradients[places[index]] = None
+        for position in {*(places[index] for index in unusual), *sparse}:
+            if gradients[position] is not None:
+                holders = [parameters[position], *sharing.get(position, [])]
+                held = bool(memory.held[places.index(position)])
+                copy = _copied(names[position], gradients[position], sparse.get(position), holders, held=held)
+                if copy is not None:
+                    copies[position] = copy
+                    gradients[position] = copy.values
+        positions, present = _present(gradients)
+        memory = Memory.of(present)
+    if len(positions) < len(gradients):
+        memory = memory.scattered(positions, len(gradients))
+    return Gradients(gradients, memory, copies)
+
+
+def _present(gradients: list[Any]) -> tuple[NDArray[np.int64], list[Tensor]]:
+    """Returns the gradients that there are, and their positions."""
+    if type(None) not in set(map(type, gradients)):
+        return np.arange(len(gradients)), gradients
+    positions = [position for position, gradient in enumerate(gradients) if gradient is not None]
+    return np.array(positions, dtype=np.int64), [gradients[position] for position in positions]
+
+
+def _plain_parts(
+    parameters: Sequence[nn.Parameter], gradients: Sequence[Any], names: Sequence[str], copies: dict[int, Copy]
+) -> list[Any]:
+    """Returns plain tensors for gradients of other classes: the part of this rank, a result that is waited for, a copy.
+
+    Adds to `copies` what is no view of the gradient.
+    """
+    parts = list(gradients)
+    elsewhere: dict[int, Any] = {}
+    wrappers = set[int]()
+    for position, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
         if gradient is None:
             continue
-        _check(names[position], gradient)
-        memory = gradient._values() if gradient.is_sparse else gradient  # noqa: SLF001  whether coalesced or not
-        first = seen.setdefault((memory.data_ptr(), memory.numel()), position) if memory.numel() else position
-        if first != position:
-            if first in collected.copies:
-                collected.copies[first][1].append(parameter)
-        elif gradient.is_sparse and gradient.is_coalesced():
-            collected.values[position] = memory
-        elif gradient.is_sparse:
-            merged = gradient.coalesce()
-            collected.values[position] = merged.values()
-            collected.copies[position] = merged, [parameter]
-        elif is_lazy(gradient) or _overlaps_itself(gradient):
-            dense = gradient.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
-            collected.values[position] = dense
-            collected.copies[position] = dense, [parameter]
-        else:
-            collected.values[position] = gradient
-            if position in moved:
-                collected.copies[position] = gradient, [parameter]
-    return collected
+        mesh = mesh_of(gradient)
+        if mesh is not None or mesh_of(parameter) is not None:
+            _check_mesh(names[position], parameter, mesh)
+            if gradient.placements == parameter.placements:  # type: ignore[attr-defined]  # a DTensor
+                parts[position] = local_part(gradient)
+            else:
+                elsewhere[position] = gradient
+        elif type(gradient) is not Tensor:
+            parts[position] = _waited_for(gradient)
+            if parts[position] is gradient and gradient.layout is torch.strided and not _has_memory(gradient):
+                parts[position] = None
+                # Two parameters may share one wrapper.
+                if id(gradient) not in wrappers:
+                    wrappers.add(id(gradient))
+                    parts[position] = _stand_in(names[position], gradient)
+                    copies[position] = Copy(parts[position], gradient, [parameter])
+    if elsewhere:
+        for position, gradient in with_placements_of(parameters, elsewhere).items():
+            parts[position] = local_part(gradient)
+            copies[position] = Copy(parts[position], None, [parameters[position]])
+    return parts
 
 
-def _local_parts(parameters: Sequence[nn.Parameter], names: Sequence[str]) -> tuple[list[Tensor | None], set[int]]:
-    """Returns the gradients, or what this process has of them, and where that is no part of the gradient itself."""
-    gradients: list[Any] = [parameter.grad for parameter in parameters]
-    unlike: dict[int, Any] = {}
-    for position, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
-        mesh = None if gradient is None else mesh_of(gradient)
-        if gradient is None or mesh is mesh_of(parameter) is None:
-            continue
-        _check_mesh(names[position], parameter, mesh)
-        if gradient.placements == parameter.placements:  # type: ignore[attr-defined]  # a DTensor
-            gradients[position] = local_part(gradient)
-        else:
-            unlike[position] = gradient
-    if unlike:
-        for position, gradient in settled(unlike, {position: parameters[position] for position in unlike}).items():
-            gradients[position] = local_part(gradient)
-    return gradients, set(unlike)
+def _waited_for(gradient: Any) -> Any:  # noqa: ANN401  a tensor of any class
+    """Returns the result of a collective that may still run (PyTorch's `AsyncCollectiveTensor`), or the gradient."""
+    is_asynchronous = isinstance(getattr(gradient, "elem", None), Tensor) and hasattr(gradient, "wait")
+    return gradient.wait() if is_asynchronous else gradient
 
 
-def _hides_gradient(parameter: nn.Parameter) -> bool:
-    """Says whether what `parameter.grad` gives is not simply what autograd keeps: parts, or what a subclass makes."""
-    kind: Any = type(parameter)
-    own = kind.grad is Tensor.grad and kind.__getattribute__ is object.__getattribute__
-    return not own or mesh_of(parameter) is not None
+def _has_memory(gradient: Tensor) -> bool:
+    return gradient.device.type == "meta" or owns_memory(gradient)
 
 
-def _overlaps_itself(gradient: Tensor) -> bool:
-    """Says whether two indices may name one place in memory, as in an expanded tensor, which no one can write to."""
-    if gradient.is_contiguous():
-        return False
-    reach = 0
-    for stride, size in sorted((stride, size) for size, stride in zip(gradient.shape, gradient.stride(), strict=True)):
-        if size > 1:
-            if stride <= reach:
-                return True
-            reach += stride * (size - 1)
-    return False
+def _stand_in(name: str, gradient: Tensor) -> Tensor:
+    """Copies a gradient without memory of its own, whose class decides what every operation does, to a plain tensor."""
+    _check(name, gradient)
+    try:
+        dense = torch.empty(gradient.shape, dtype=gradient.dtype, device=gradient.device)
+        dense.copy_(gradient)
+    except (NotImplementedError, RuntimeError, TypeError, AssertionError) as error:
+        raise SettingError(
+            f"gradient of {name}",
+            got=f"a {type(gradient).__name__} that has no memory of its own and cannot be copied to a tensor: {error}",
+            allowed="tensors, and subclasses that can be copied to one and back with copy_()",
+            advice="leave this parameter out: parameters=[...], or give it an optimizer of its own",
+        ) from error
+    return dense
+
+
+def _replace_sparse(gradients: list[Any], names: Sequence[str]) -> dict[int, Tensor]:
+    """Replaces sparse gradients in a list by their values, and returns them by position."""
+    sparse = {}
+    for position, gradient in enumerate(gradients):
+        if gradient is not None and gradient.layout is not torch.strided:
+            _check(names[position], gradient)
+            sparse[position] = gradient
+            gradients[position] = gradient._values()  # noqa: SLF001  whether coalesced or not
+    return sparse
+
+
+def _copied(
+    name: str, values: Tensor, sparse: Tensor | None, holders: list[nn.Parameter], *, held: bool
+) -> Copy | None:
+    """Returns a dense copy of a gradient that cannot be read and written in place; None if it can.
+
+    Args:
+        name: Of the parameter.
+        values: The gradient, or the values of a sparse one.
+        sparse: The sparse one.
+        holders: The parameters whose gradient it is.
+        held: Whether its memory is still what it was a moment ago.
+    """
+    _check(name, values)
+    usable = held and is_dense(values) and not is_lazy(values)
+    if sparse is not None:
+        if usable and sparse.is_coalesced():
+            return None
+        return Copy(sparse.clone().coalesce(), None, holders)
+    if usable:
+        return None
+    replaces = is_lazy(values) or overlaps_itself(values)
+    dense = values.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
+    return Copy(dense, None if replaces else values, holders)
 
 
 def _check_mesh(name: str, parameter: nn.Parameter, mesh: object) -> None:
@@ -198,14 +279,14 @@ def _check_mesh(name: str, parameter: nn.Parameter, mesh: object) -> None:
 
 def _check(name: str, gradient: Tensor) -> None:
     if gradient.layout not in {torch.strided, torch.sparse_coo}:
-        kind = f"a gradient in the layout {gradient.layout}"
+        found = f"a gradient in the layout {gradient.layout}"
     elif gradient.dtype not in DTYPES:
-        kind = f"a gradient of {gradient.dtype}"
+        found = f"a gradient of {gradient.dtype}"
     else:
         return
     raise SettingError(
         f"gradient of {name}",
-        got=kind,
+        got=found,
         allowed=f"dense and sparse COO gradients of {', '.join(str(dtype).removeprefix('torch.') for dtype in DTYPES)}",
         advice="leave this parameter out: parameters=[...], or give it an optimizer of its own",
     )

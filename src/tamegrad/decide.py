@@ -1,0 +1,327 @@
+"""The step between measuring and applying: one pure function on one small table, for NumPy, PyTorch and JAX arrays.
+
+`G` is the number of groups. What a backend measures is a `(G, COLUMNS)` float64 table of sums; it adds up over tensors,
+devices and ranks. Squares are summed in three ranges (J. L. Blue, A Portable Fortran Program to Find the Euclidean
+Norm of a Vector, ACM TOMS 4(1), 1978, with the constants of LAPACK's dnrm2), so that no finite float64 overflows or
+underflows; the squares of float32 and smaller dtypes all fit the middle range.
+
+`xp` is the namespace of the arrays: `numpy`, `torch` or `jax.numpy`.
+"""
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tamegrad.errors import SettingError
+from tamegrad.groups import Group
+from tamegrad.strategies import OnNonfinite, Strategy
+
+__all__ = ["AFTER", "BEFORE", "COLUMNS", "CUT", "NONFINITE", "Decision", "Rules", "decide", "norm_of"]
+
+# Columns of the table: sums of squares before (small, middle, big), counts of NaN, +inf and -inf, and for groups with a
+# limit on elements the sums of squares after (small, middle, big) and how many values, or blocks of them, are cut.
+BEFORE, NONFINITE, AFTER, CUT = slice(0, 3), slice(3, 6), slice(6, 9), 9
+COLUMNS = 10
+
+SMALL_BELOW, BIG_ABOVE = 2.0**-511, 2.0**486
+# What values are multiplied by before they are squared.
+SMALL_EXPONENT, BIG_EXPONENT = 537, -538
+SMALL_FACTOR, BIG_FACTOR = 2.0**SMALL_EXPONENT, 2.0**BIG_EXPONENT
+SMALLEST_NORMAL = 2.0**-1022
+# The largest power of two that a float64 holds.
+LARGEST_EXPONENT = 1023
+
+ArrayT = TypeVar("ArrayT")
+
+
+@dataclass(frozen=True)
+class Rules(Generic[ArrayT]):
+    """The strategies of a plan, each class once, with its settings as arrays.
+
+    Args:
+        groups: The names of the groups, for messages.
+        strategies: For each class of strategies an instance whose float fields are `(G,)` float64 arrays, and `(G,)`
+            bool: the groups that it governs; None if it governs all.
+        limits: `(G,)` float64: the largest magnitude of an element; infinity where there is no limit.
+        has_limits: Whether any limit is finite.
+    """
+
+    groups: tuple[str, ...]
+    strategies: tuple[tuple[Strategy, ArrayT | None], ...]
+    limits: ArrayT
+    has_limits: bool
+
+    @classmethod
+    def of(cls, groups: Sequence[Group]) -> "Rules[NDArray[Any]]":
+        """Reads them off the groups of a plan, as NumPy arrays."""
+        members: dict[Hashable, list[int]] = {}
+        limits = np.array([group.strategy.limit for group in groups])
+        for index in np.flatnonzero(np.isinf(limits)).tolist():
+            members.setdefault(_callable_together(groups[index].strategy), []).append(index)
+        strategies = []
+        for indices in members.values():
+            governed = np.zeros(len(groups), dtype=np.bool_)
+            governed[indices] = True
+            stacked = _stacked([groups[index].strategy for index in indices], governed)
+            strategies.append((stacked, None if governed.all() else governed))
+        names = tuple(group.name for group in groups)
+        return Rules(names, tuple(strategies), limits, bool(np.isfinite(limits).any()))
+
+    def converted(self, convert: Callable[[Any], Any]) -> "Rules[Any]":
+        """Returns them with every array converted: to another framework, or to a device."""
+        strategies = []
+        for strategy, governed in self.strategies:
+            arrays = {name: convert(value) for name, value in _floats(strategy).items()}
+            strategies.append((_replaced(strategy, arrays), None if governed is None else convert(governed)))
+        return Rules(self.groups, tuple(strategies), convert(self.limits), self.has_limits)
+
+    def targets(self, norms: Any, xp: ModuleType) -> Any:  # noqa: ANN401  arrays of NumPy, PyTorch or JAX
+        """Returns the norms that groups should end with, `(G,)`, as their strategies say; one call a class.
+
+        Args:
+            norms: `(G,)` float64, the norms before.
+            xp: Their namespace.
+
+        Returns:
+            The targets; the norms themselves where elements are limited instead.
+
+        Raises:
+            SettingError: If a strategy returns an array of another shape.
+        """
+        targets = norms
+        for strategy, governed in self.strategies:
+            own = strategy.target(norms, xp)
+            if getattr(own, "shape", None) != norms.shape:
+                given = f"an array of shape {tuple(own.shape)}" if hasattr(own, "shape") else f"a {type(own).__name__}"
+                raise _target_error(strategy, given, "return one target a group: an array like `norms`")
+            targets = own if governed is None else xp.where(governed, own, targets)
+        return targets
+
+
+@dataclass(frozen=True, slots=True)
+class Decision(Generic[ArrayT]):
+    """What becomes of every group, as `(G,)` arrays; the first six are a report's.
+
+    A gradient `g` of the group becomes `g·first·second`, then at most `limit` in magnitude, or 0 where `zeroed`. There
+    are two factors because one float64 cannot hold the scale of every float64 group; elsewhere the first is 1. `limits`
+    is None if no strategy limits elements, `zeroed` unless `on_nonfinite="zero"`.
+    """
+
+    norms: ArrayT
+    scales: ArrayT
+    norms_after: ArrayT
+    clipped: ArrayT
+    nonfinite: ArrayT
+    total_norm: ArrayT
+    first: ArrayT
+    second: ArrayT
+    limits: ArrayT | None
+    zeroed: ArrayT | None
+
+    @property
+    def reported(self) -> tuple[ArrayT, ...]:
+        """The first six, in the order of a report."""
+        return self.norms, self.scales, self.norms_after, self.clipped, self.nonfinite, self.total_norm
+
+    @property
+    def changed(self) -> Any:  # noqa: ANN401  an array of the same framework
+        """Whether a group's values change at all; `(G,)` bool."""
+        decision: Any = self
+        changed = (decision.first != 1) | (decision.second != 1)
+        if decision.limits is not None:
+            changed = changed | (decision.limits < math.inf)
+        return changed if decision.zeroed is None else changed | decision.zeroed
+
+
+def decide(
+    table: Any,  # noqa: ANN401  arrays of NumPy, PyTorch or JAX
+    rules: Rules[Any],
+    xp: ModuleType,
+    *,
+    on_nonfinite: OnNonfinite,
+    loss_scale: Any = None,  # noqa: ANN401
+    total: Any = None,  # noqa: ANN401
+) -> Decision[Any]:
+    """Decides on every group from what was measured; on a device nothing is read.
+
+    Args:
+        table: `(G, COLUMNS)` float64, as the backends measure it.
+        rules: The plan's, as arrays of the same framework on the same device.
+        xp: Their namespace.
+        on_nonfinite: `"zero"` zeroes groups with a NaN or an infinity; with any other choice they are left as they are.
+        loss_scale: What the gradients were multiplied by, a number or a 0-dim array; None if they were not. Norms are
+            reported, and strategies see them, without it.
+        total: `(COLUMNS,)`, the sums over all groups of all pipeline stages, where there are others than this one's.
+
+    Returns:
+        The decision. A group that is not finite has scale 1, or 0 if it is zeroed. Where a strategy returned no usable
+        target, a group on a device is left as it is and has the scale NaN.
+
+    Raises:
+        SettingError: If a strategy returns targets of another shape, or on NumPy arrays a target that is NaN, negative
+            or infinite.
+
+    Example:
+        >>> from tamegrad import Clip
+        >>> table = np.zeros((1, COLUMNS))
+        >>> table[0, 1] = 25.0
+        >>> decision = decide(table, Rules.of([Group("out", Clip(1.0), (0,))]), np, on_nonfinite="keep")
+        >>> decision.norms, decision.scales
+        (array([5.]), array([0.2]))
+    """
+    with np.errstate(all="ignore"):
+        root, exponent = _norm(xp, table[:, BEFORE])
+        total_root, total_exponent = _norm(xp, (table.sum(0) if total is None else total)[None, BEFORE])
+        if loss_scale is not None:
+            root, total_root = root / loss_scale, total_root / loss_scale
+        norms, total_norm = _ldexp(xp, root, exponent), _ldexp(xp, total_root, total_exponent)[0]
+        nonfinite = table[:, NONFINITE].sum(1)
+        finite = nonfinite == 0
+        targets = rules.targets(norms, xp)
+        wanted = finite & (root > 0) & (targets != norms)
+        cut = finite & (table[:, CUT] > 0) if rules.has_limits else None
+        nonfinite = xp.asarray(nonfinite, dtype=xp.int64)
+        if xp is np and not (wanted.any() or (cut is not None and cut.any()) or not finite.all()):
+            # The usual case, which only the host can afford to look for.
+            one = np.ones(len(norms))
+            return Decision(norms, one, norms, wanted, nonfinite, total_norm, one, one, None, None)
+
+        usable = (targets >= 0) & (targets < math.inf)
+        if xp is np:
+            _refuse_unusable(rules, norms, targets, wanted & ~usable)
+        rescaled = wanted & usable
+        norms_after = xp.where(rescaled, targets, norms)
+        first, second, scale = _factors(xp, norms_after, root, exponent, rescaled)
+        scales, clipped = xp.where(wanted & ~usable, math.nan, scale), rescaled & (targets < norms)
+        limits, zeroed = None, None
+        if cut is not None:
+            root_after, exponent_after = _norm(xp, table[:, AFTER])
+            if loss_scale is not None:
+                root_after = root_after / loss_scale
+            norms_after = xp.where(cut, _ldexp(xp, root_after, exponent_after), norms_after)
+            scales = xp.where(cut, _ldexp(xp, root_after / root, exponent_after - exponent), scales)
+            limits = xp.where(cut, rules.limits if loss_scale is None else rules.limits * loss_scale, math.inf)
+            clipped = clipped | cut
+        if on_nonfinite == "zero":
+            zeroed = ~finite
+            norms_after, scales = xp.where(zeroed, 0.0, norms_after), xp.where(zeroed, 0.0, scales)
+        return Decision(norms, scales, norms_after, clipped, nonfinite, total_norm, first, second, limits, zeroed)
+
+
+def norm_of(sums: Any, xp: ModuleType) -> Any:  # noqa: ANN401  arrays of NumPy, PyTorch or JAX
+    """Returns the norm that `(COLUMNS,)` sums stand for, before anything is changed; 0-dim."""
+    root, exponent = _norm(xp, sums[None, BEFORE])
+    return _ldexp(xp, root, exponent)[0]
+
+
+def _factors(xp: ModuleType, targets: Any, root: Any, exponent: Any, rescaled: Any) -> tuple[Any, Any, Any]:  # noqa: ANN401
+    """Returns the two factors that bring norms `root·2^exponent` to targets, and their product.
+
+    Where one float64 holds the scale the first factor is 1. Elsewhere its exponent is split evenly, so that neither
+    factor overflows, and no value of a group is lost between them that is not lost at the end.
+    """
+    one = xp.ones_like(root)
+    mantissa, power = xp.frexp(targets)
+    root_mantissa, root_power = xp.frexp(root)
+    ratio = xp.where(rescaled, mantissa / root_mantissa, one)
+    power = xp.where(rescaled, power - root_power - exponent, xp.zeros_like(power))
+    scale = _ldexp(xp, ratio, power)
+    fits = (scale >= SMALLEST_NORMAL) & (scale < math.inf)
+    half = xp.clip(power // 2, -LARGEST_EXPONENT, LARGEST_EXPONENT)
+    first = xp.where(fits, one, _ldexp(xp, one, half))
+    second = xp.where(fits, scale, _ldexp(xp, ratio, xp.clip(power - half, -LARGEST_EXPONENT, LARGEST_EXPONENT)))
+    return first, second, scale
+
+
+def _ldexp(xp: ModuleType, values: Any, exponent: Any) -> Any:  # noqa: ANN401  arrays of NumPy, PyTorch or JAX
+    """Multiplies by powers of two that may be past what one float64 holds, and rounds at most once."""
+    if xp is np:
+        # Exponents are usually zero, which only the host can afford to look for.
+        return np.ldexp(values, exponent) if np.any(exponent) else values
+    # PyTorch's ldexp takes its power of two in float32, and JAX's exp2 is not exact.
+    half = xp.clip(exponent // 2, -LARGEST_EXPONENT, LARGEST_EXPONENT)
+    return values * _power_of_two(xp, half) * _power_of_two(xp, exponent - half)
+
+
+def _power_of_two(xp: ModuleType, exponent: Any) -> Any:  # noqa: ANN401  an int64 array
+    """Returns float64 powers of two, subnormal ones included: two normal ones, made of their bits and multiplied."""
+    half = exponent // 2
+    first, second = (((part + LARGEST_EXPONENT) << 52).view(xp.float64) for part in (half, exponent - half))
+    return first * second
+
+
+def _norm(xp: ModuleType, sums: Any) -> tuple[Any, Any]:  # noqa: ANN401  arrays of NumPy, PyTorch or JAX
+    """Combines the three ranges of `(G, 3)` sums of squares to norms `root·2^exponent`."""
+    small, middle, big = sums[:, 0], sums[:, 1], sums[:, 2]
+    if xp is np and not (small.any() or big.any()):
+        # The usual case, which only the host can afford to look for.
+        return xp.sqrt(middle), xp.zeros(middle.shape, dtype=xp.int64)
+    is_big, is_small = big > 0, (big == 0) & (middle == 0)
+    # In the big range the smallest values no longer count; below it, small and middle ones may both.
+    root_big = xp.sqrt(big + middle * BIG_FACTOR * BIG_FACTOR)
+    root_middle = xp.hypot(xp.sqrt(middle), xp.sqrt(small) / SMALL_FACTOR)
+    root = xp.where(is_big, root_big, xp.where(is_small, xp.sqrt(small), root_middle))
+    none = xp.zeros_like(root, dtype=xp.int64)
+    exponent = xp.where(is_big, none - BIG_EXPONENT, xp.where(is_small, none - SMALL_EXPONENT, none))
+    return root, exponent
+
+
+def _floats(strategy: Strategy) -> dict[str, Any]:
+    """Returns the fields of a strategy that are floats, or arrays of them."""
+    fields = dataclasses.fields(strategy)  # type: ignore[arg-type]  # `as_strategy` refuses what is no dataclass
+    values = {field.name: getattr(strategy, field.name) for field in fields}
+    return {
+        field.name: values[field.name]
+        for field in fields
+        if field.type in {float, "float"} or isinstance(values[field.name], float)
+    }
+
+
+def _callable_together(strategy: Strategy) -> Hashable:
+    """Returns what strategies have in common that one call of `target` can serve: all but their floats."""
+    floats = _floats(strategy)
+    fields = dataclasses.fields(strategy)  # type: ignore[arg-type]  # as above
+    others = tuple((field.name, getattr(strategy, field.name)) for field in fields if field.name not in floats)
+    return type(strategy), tuple(floats), others
+
+
+def _stacked(strategies: Sequence[Strategy], governed: NDArray[np.bool_]) -> Strategy:
+    """Returns one strategy for some groups whose floats are `(G,)` arrays; other groups get those of the first."""
+    stacked = {}
+    for name, value in _floats(strategies[0]).items():
+        stacked[name] = np.full(len(governed), float(value))
+        stacked[name][governed] = [float(getattr(strategy, name)) for strategy in strategies]
+    return _replaced(strategies[0], stacked)
+
+
+def _replaced(strategy: Strategy, values: dict[str, Any]) -> Strategy:
+    """Returns a copy with other values, which are not checked as those of users are."""
+    made = copy.copy(strategy)
+    for name, value in values.items():
+        object.__setattr__(made, name, value)
+    return made
+
+
+def _refuse_unusable(
+    rules: Rules[Any], norms: NDArray[np.float64], targets: NDArray[np.float64], unusable: NDArray[np.bool_]
+) -> None:
+    for index in np.flatnonzero(unusable).tolist():
+        strategy = next(one for one, governed in rules.strategies if governed is None or governed[index])
+        raise _target_error(
+            strategy,
+            f"{targets[index]} for the group {rules.groups[index]!r}, whose norm is {norms[index]}",
+            "return the norm itself where nothing should change; no gradient was changed",
+        )
+
+
+def _target_error(strategy: Strategy, got: str, advice: str) -> SettingError:
+    return SettingError(
+        f"{type(strategy).__name__}.target", got=got, allowed="finite norms, 0 or larger, one a group", advice=advice
+    )

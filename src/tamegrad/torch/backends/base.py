@@ -1,0 +1,116 @@
+"""What every backend is: made once for a plan, it measures the gradients of every step, decides, and applies.
+
+`G` is the number of groups, `P` of parameters.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tamegrad.decide import Decision, Rules, decide
+from tamegrad.groups import Plan
+from tamegrad.strategies import OnNonfinite
+from tamegrad.torch.gradients import Gradients
+
+__all__ = ["Backend"]
+
+
+class Backend(ABC):
+    """Measures and changes the gradients of one plan.
+
+    A backend keeps nothing between `measure` and `apply_` but what follows from the sizes of gradients, so that one may
+    serve several threads at once.
+
+    Args:
+        plan: The plan.
+        counted: For each parameter whether this rank measures it; what another rank measures is only changed here.
+    """
+
+    def __init__(self, plan: Plan, counted: Sequence[bool]) -> None:
+        self.plan = plan
+        self.counted = np.array(counted, dtype=np.bool_)
+        self.group_of: NDArray[np.int64] = np.array(plan.group_of, dtype=np.int64)
+        self.rules = Rules.of(plan.groups)
+        self._rules_on: dict[torch.device, Rules[Tensor]] = {}
+
+    @abstractmethod
+    def measure(self, gradients: Gradients, loss_scale: Tensor | None) -> Tensor:
+        """Measures all groups.
+
+        Args:
+            gradients: Of the step.
+            loss_scale: What they were multiplied by, 0-dim; None if they were not.
+
+        Returns:
+            The `(G, COLUMNS)` float64 table that `decide` reads, on the device of the first gradient, or on the CPU if
+            there is none.
+        """
+
+    def decide(
+        self,
+        table: Tensor,
+        *,
+        on_nonfinite: OnNonfinite,
+        nonfinite_steps: Tensor,
+        loss_scale: Tensor | None,
+        total: Tensor | None,
+    ) -> Decision[Any]:
+        """Decides on every group.
+
+        Args:
+            table: What `measure` gave, added up over the ranks.
+            on_nonfinite: As in `tamegrad.decide.decide`.
+            nonfinite_steps: `(G,)` int64 on the same device; 1 is added for each group with a NaN or an infinity.
+            loss_scale: As in `measure`.
+            total: As in `tamegrad.decide.decide`.
+
+        Returns:
+            The decision: NumPy arrays if the table is on the CPU, else tensors on its device.
+        """
+        if table.device.type == "cpu":
+            decision = decide(
+                table.numpy(),
+                self.rules,
+                np,
+                on_nonfinite=on_nonfinite,
+                loss_scale=None if loss_scale is None else loss_scale.item(),
+                total=None if total is None else total.numpy(),
+            )
+            if decision.nonfinite.any():
+                nonfinite_steps += torch.from_numpy(decision.nonfinite > 0)
+            return decision
+        decision = decide(
+            table,
+            self.rules_on(table.device),
+            torch,
+            on_nonfinite=on_nonfinite,
+            loss_scale=None if loss_scale is None else loss_scale.to(table),
+            total=None if total is None else total.to(table),
+        )
+        nonfinite_steps += decision.nonfinite > 0
+        return decision
+
+    @abstractmethod
+    def apply_(self, gradients: Gradients, decision: Decision[Any], changed: NDArray[np.bool_]) -> None:
+        """Applies a decision in place, and tells autograd about it.
+
+        Args:
+            gradients: As they were measured.
+            decision: What to do with each group.
+            changed: `(P,)`: whether each gradient changes, as far as the host knows: all that may.
+        """
+
+    def rules_on(self, device: torch.device) -> Rules[Tensor]:
+        """Returns the rules as tensors on a device, which are copied there once."""
+        if device not in self._rules_on:
+            self._rules_on[device] = self.rules.converted(lambda array: torch.from_numpy(array).to(device))
+        return self._rules_on[device]
+
+    def limits_on_host(self, loss_scale: Tensor | None) -> NDArray[np.float64]:
+        """Returns the `(G,)` limits on the elements of gradients that are multiplied by a loss scale."""
+        return self.rules.limits if loss_scale is None else self.rules.limits * loss_scale.item()

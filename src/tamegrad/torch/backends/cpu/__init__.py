@@ -1,0 +1,126 @@
+"""The backend for CPUs: loops compiled by Numba, over all gradients of all groups at once, on several threads.
+
+The work is cut into chunks whose bounds depend on the gradients alone, and their sums are added up in order: the same
+gradients give the same bits on any number of threads.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tamegrad.decide import AFTER, BEFORE, COLUMNS, Decision
+from tamegrad.errors import SettingError
+from tamegrad.groups import Plan
+from tamegrad.torch.backends.base import Backend
+from tamegrad.torch.backends.cpu import threads
+from tamegrad.torch.backends.cpu.compiler import CONVERTS_FLOAT16
+from tamegrad.torch.backends.cpu.loops import change_chunks, measure_chunks
+from tamegrad.torch.backends.cpu.work import Work, share_out
+from tamegrad.torch.backends.foreach import ForeachBackend
+from tamegrad.torch.gradients import Gradients
+from tamegrad.torch.memory import DTYPES, Memory
+
+__all__ = ["CpuBackend"]
+
+_FLOAT16 = DTYPES.index(torch.float16)
+_MIDDLE_BEFORE, _MIDDLE_AFTER = BEFORE.start + 1, AFTER.start + 1
+
+
+class CpuBackend(Backend):
+    """Measures and changes the gradients of one plan on the CPU.
+
+    If a gradient is not on the CPU, or is float16 where no instruction converts it, all go through `ForeachBackend`.
+
+    Args:
+        plan: The plan.
+        counted: As in `Backend`.
+    """
+
+    def __init__(self, plan: Plan, counted: Sequence[bool]) -> None:
+        super().__init__(plan, counted)
+        self._fallback = ForeachBackend(plan, counted)
+        self._work = Work.of(Memory.of([]), self.counted, self.group_of)
+
+    def measure(self, gradients: Gradients, loss_scale: Tensor | None) -> Tensor:
+        """Measures all groups in one call for each dtype."""
+        if not _can_read(gradients):
+            return self._fallback.measure(gradients, loss_scale)
+        work = self._work_for(gradients.memory)
+        limits = self.limits_on_host(loss_scale)[self.group_of]
+        # Loops write one number a chunk, and a row where there is more to report.
+        sums, rows = np.empty(len(work.measured)), np.empty((len(work.measured), COLUMNS))
+        for format_, bounds in work.measuring:
+            args = work.measured, gradients.memory.addresses, limits, format_.pairs, format_.like, sums, rows
+            threads.run(measure_chunks, format_.like.dtype, bounds, *args, alive=gradients)
+        return torch.from_numpy(self._added_up(work, sums, rows))
+
+    def apply_(self, gradients: Gradients, decision: Decision[Any], changed: NDArray[np.bool_]) -> None:
+        """Changes gradients in one call for each dtype; a group that keeps its values is not touched.
+
+        Raises:
+            SettingError: If a gradient was given other memory since it was measured; nothing was changed.
+        """
+        if not _can_read(gradients):
+            self._fallback.apply_(gradients, decision, changed)
+            return
+        positions, tensors = _present(gradients, changed)
+        if not tensors:
+            return
+        # Addresses are looked up again: code that ran since measuring may have given a gradient other memory.
+        measured, now = gradients.memory, Memory.of(tensors).scattered(positions, len(changed))
+        same = (now.counts == measured.counts) & (now.dtypes == measured.dtypes) & now.held
+        if not same[positions].all():
+            raise SettingError(
+                "normalize_()",
+                got="a gradient that changed its size or dtype while it was normalized",
+                allowed="gradients that no other thread, signal handler or finalizer replaces in the meantime",
+                advice="let the other code wait until the optimizer step is done",
+            )
+        torch.autograd.graph.increment_version(tensors)
+        work = self._work_for(measured)
+        chosen = changed[work.chunks[:, 0]]
+        chunks = work.chunks[chosen]
+        decided = np.empty((len(decision.first), 4))
+        decided[:, 0], decided[:, 1] = decision.first, decision.second
+        decided[:, 2] = np.inf if decision.limits is None else decision.limits
+        decided[:, 3] = False if decision.zeroed is None else decision.zeroed
+        for format_, bounds in share_out(chunks, work.chunk_dtypes[chosen]):
+            args = chunks, now.addresses, self.group_of, decided, format_.pairs, format_.like
+            threads.run(change_chunks, format_.like.dtype, bounds, *args, alive=now)
+
+    def _added_up(self, work: Work, sums: NDArray[np.float64], rows: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Adds up the sums of chunks by group, always in the same order."""
+        table = np.zeros((len(self.plan.groups), COLUMNS))
+        # NaN is no number that was written: -1 stands where there is a row.
+        short = sums >= 0.0
+        added = np.bincount(work.groups, np.where(short, sums, 0.0), minlength=len(table))
+        table[:, _MIDDLE_BEFORE] = table[:, _MIDDLE_AFTER] = added
+        if not short.all():
+            np.add.at(table, work.groups[~short], rows[~short])
+        return table
+
+    def _work_for(self, memory: Memory) -> Work:
+        """Returns the work for gradients of these sizes, which usually are those of the last step."""
+        work = self._work
+        if not work.fits(memory):
+            work = self._work = Work.of(memory, self.counted, self.group_of)
+        return work
+
+
+def _can_read(gradients: Gradients) -> bool:
+    return gradients.on_host and (CONVERTS_FLOAT16 or not (gradients.memory.dtypes == _FLOAT16).any())
+
+
+def _present(gradients: Gradients, changed: NDArray[np.bool_]) -> tuple[NDArray[np.int64], list[Tensor]]:
+    """Returns the positions of the gradients that change, and the gradients."""
+    positions, tensors = [], []
+    for position in np.flatnonzero(changed).tolist():
+        values = gradients.values[position]
+        if values is not None:
+            positions.append(position)
+            tensors.append(values)
+    return np.array(positions, dtype=np.int64), tensors

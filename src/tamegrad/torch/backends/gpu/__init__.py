@@ -1,0 +1,263 @@
+"""The backend for GPUs: Triton kernels over a table of addresses, four launches a step for any number of tensors.
+
+Measuring takes two launches (`measure_chunk`, `add_chunks`), deciding one (`decide_groups`), applying one
+(`apply_chunk`). With gradients on several devices each device measures and applies its own, and the device of the first
+gradient decides for all. The host never waits for a device.
+
+Checked in Triton's interpreter, which runs the kernels on the CPU, and by compiling them for several GPUs. The kernels
+have not run on a GPU yet, and nothing here has been tuned or timed.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tamegrad.decide import COLUMNS, Decision
+from tamegrad.errors import SettingError
+from tamegrad.groups import Plan
+from tamegrad.strategies import OnNonfinite
+from tamegrad.torch.backends.base import Backend
+from tamegrad.torch.backends.gpu.decide import NUMBERS, decide_groups, target_bounds
+from tamegrad.torch.backends.gpu.kernels import INTERPRETED, add_chunks, apply_chunk, measure_chunk
+from tamegrad.torch.backends.gpu.layout import BLOCK, CHUNK, Layout, facts_of, is_aligned, refuse_capture
+from tamegrad.torch.gradients import Gradients
+from tamegrad.torch.memory import Memory
+
+__all__ = ["GpuBackend"]
+
+# `add_chunks` reads this many rows at a time, in columns padded to a power of two.
+_ROWS, _WIDTH = 64, 16
+# `decide_groups` decides on this many groups a program, one a thread, and adds up this many at a time.
+_GROUPS, _GROUP_SUMS = 128, 512
+
+
+class GpuBackend(Backend):
+    """Measures and changes the gradients of one plan on GPUs.
+
+    Gradients of all dtypes and sizes share the launches.
+
+    A step can be captured in a CUDA graph, after a step outside of it with gradients of the same shapes and dtypes. The
+    graph reads tables that live as long as this object, so replay it only while this object is alive. A copy of this
+    object (`copy.deepcopy`, pickle) starts without tables.
+
+    Args:
+        plan: The plan.
+        counted: As in `Backend`.
+    """
+
+    def __init__(self, plan: Plan, counted: Sequence[bool]) -> None:
+        super().__init__(plan, counted)
+        self._bounds = target_bounds(plan.groups)
+        self._bounds_on: dict[torch.device, Tensor] = {}
+        self._layouts: dict[torch.device, Layout] = {}
+        self._replayed: list[Layout] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Pinned memory does not stay pinned in a copy, and a captured graph goes on reading the original's tables.
+        return {**vars(self), "_bounds_on": {}, "_layouts": {}, "_replayed": []}
+
+    def measure(self, gradients: Gradients, loss_scale: Tensor | None) -> Tensor:
+        """Measures all groups in two launches a device.
+
+        Raises:
+            SettingError: If a gradient is not on a GPU, or a CUDA graph is captured before a step outside of it.
+        """
+        parts = self._parts(gradients, gradients.memory)
+        if not parts:
+            return torch.zeros(len(self.plan.groups), COLUMNS, dtype=torch.float64, device="cpu")
+        first, *others = [self._measured(part, loss_scale) for part in parts]
+        for other in others:
+            first += other.to(first.device)
+        return first
+
+    def decide(
+        self,
+        table: Tensor,
+        *,
+        on_nonfinite: OnNonfinite,
+        nonfinite_steps: Tensor,
+        loss_scale: Tensor | None,
+        total: Tensor | None,
+    ) -> Decision[Any]:
+        """Decides on every group: in one launch if all strategies are built in, else by plain operations.
+
+        The decision of a launch is tensors, in Triton's interpreter too.
+        """
+        # Compiled kernels cannot read the host's memory, interpreted ones no other.
+        if self._bounds is None or (table.device.type == "cpu") != INTERPRETED:
+            return super().decide(
+                table, on_nonfinite=on_nonfinite, nonfinite_steps=nonfinite_steps, loss_scale=loss_scale, total=total
+            )
+        device, groups = table.device, len(table)
+        if device not in self._bounds_on:
+            self._bounds_on[device] = torch.from_numpy(self._bounds).to(device)
+        with _launching_on(device):
+            numbers = torch.empty(len(NUMBERS), groups, dtype=torch.float64, device=device)
+            nonfinite = torch.empty(groups, dtype=torch.int64, device=device)
+            flags = torch.empty(2, groups, dtype=torch.bool, device=device)
+            decide_groups[(1 + triton.cdiv(groups, _GROUPS),)](
+                table.contiguous(),
+                self._bounds_on[device],
+                self._limits_on(device),
+                _readable(loss_scale, device),
+                None if total is None else total.to(table).contiguous(),
+                numbers,
+                nonfinite,
+                flags,
+                nonfinite_steps,
+                groups,
+                ZEROES=on_nonfinite == "zero",
+                BLOCK=_GROUPS,
+                ROWS=_GROUP_SUMS,
+                enable_fp_fusion=True,
+            )
+        rows: dict[str, Any] = dict(zip(NUMBERS, numbers.unbind(), strict=True))
+        rows["total_norm"] = rows["total_norm"][0]
+        clipped, zeroed = flags.unbind()
+        if not self.rules.has_limits:
+            rows["limits"] = None
+        return Decision(**rows, clipped=clipped, nonfinite=nonfinite, zeroed=zeroed if on_nonfinite == "zero" else None)
+
+    def apply_(self, gradients: Gradients, decision: Decision[Any], changed: NDArray[np.bool_]) -> None:
+        """Applies a decision in place, in one launch a device; groups that keep their values are not even read.
+
+        Raises:
+            SettingError: If a gradient changed its size or dtype since it was measured; nothing was changed.
+        """
+        positions = [position for position, values in enumerate(gradients.values) if values is not None]
+        tensors = [values for values in gradients.values if values is not None]
+        # Addresses are looked up again: code that ran since measuring may have given a gradient other memory.
+        measured = gradients.memory
+        now = Memory.of(tensors).scattered(np.array(positions, dtype=np.int64), len(changed))
+        same = (now.counts == measured.counts) & (now.dtypes == measured.dtypes) & now.held
+        if not same.all():
+            raise SettingError(
+                "normalize_()",
+                got="a gradient that changed its size or dtype while it was normalized",
+                allowed="gradients that no other thread, signal handler or finalizer replaces in the meantime",
+                advice="let the other code wait until the optimizer step is done",
+            )
+        parts = self._parts(gradients, now)
+        torch.autograd.graph.increment_version([tensors[index] for index in np.flatnonzero(changed[positions])])
+        for part in parts:
+            self._change_(part, decision)
+
+    def _parts(self, gradients: Gradients, memory: Memory) -> list["_Part"]:
+        """Returns what is on each device, that of the first gradient first."""
+        present = memory.dtypes >= 0
+        facts, addresses = facts_of(memory, self.group_of, self.counted)[present], memory.addresses[present]
+        tensors = [values for values in gradients.values if values is not None]
+        numbers = np.fromiter(map(Tensor.get_device, tensors), np.int64, len(tensors))
+        parts = []
+        for number in dict.fromkeys(numbers.tolist()):
+            here = numbers == number
+            layout = self._layout_for(tensors[int(here.argmax())].device, facts[here])
+            parts.append(_Part(layout, layout.addresses_on_device(addresses[here]), is_aligned(addresses[here])))
+        return parts
+
+    def _layout_for(self, device: torch.device, facts: NDArray[np.int64]) -> Layout:
+        """Returns the layout of gradients, which usually is that of the last step."""
+        layout = self._layouts.get(device)
+        if layout is not None and np.array_equal(facts, layout.facts):
+            return layout
+        if layout is None:
+            _refuse_elsewhere(device)
+            refuse_capture("the first step")
+        else:
+            refuse_capture("a step with gradients of other shapes or dtypes than the last one's")
+            if layout.is_replayed:
+                self._replayed.append(layout)
+        layout = self._layouts[device] = Layout(facts, len(self.plan.groups), device)
+        return layout
+
+    def _measured(self, part: "_Part", loss_scale: Tensor | None) -> Tensor:
+        """Returns the sums of what is on one device."""
+        layout, device = part.layout, part.layout.device
+        chunks, limits = len(layout.measured), self._limits_on(device)
+        with _launching_on(device):
+            partial = torch.empty(chunks, COLUMNS, dtype=torch.float64, device=device)
+            sums = torch.empty(len(self.plan.groups), COLUMNS, dtype=torch.float64, device=device)
+            if chunks:
+                tables = part.addresses, layout.facts_on_device, layout.measured
+                scale = None if limits is None else _readable(loss_scale, device)
+                measure_chunk[(chunks,)](*tables, limits, scale, partial, **part.constants)
+            add_chunks[(len(sums),)](partial, layout.ends, sums, ROWS=_ROWS, WIDTH=_WIDTH)
+        return sums
+
+    def _change_(self, part: "_Part", decision: Decision[Any]) -> None:
+        """Changes what is on one device."""
+        layout, device = part.layout, part.layout.device
+        if chunks := len(layout.chunks):
+            with _launching_on(device):
+                tables = part.addresses, layout.facts_on_device, layout.chunks
+                vectors = decision.first, decision.second, decision.limits, decision.zeroed
+                moved = (None if vector is None else _on(vector, device) for vector in vectors)
+                apply_chunk[(chunks,)](*tables, *moved, **part.constants)
+
+    def _limits_on(self, device: torch.device) -> Tensor | None:
+        """Returns the `(G,)` limits on elements; None if there are none, for which kernels are specialized."""
+        return self.rules_on(device).limits if self.rules.has_limits else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """The gradients on one device in one step.
+
+    Args:
+        layout: Their tables.
+        addresses: `(N,)` on the device: where they are.
+        aligned: Whether every address allows the widest loads.
+    """
+
+    layout: Layout
+    addresses: Tensor
+    aligned: bool
+
+    @property
+    def constants(self) -> dict[str, int | bool]:
+        """What the kernels over chunks are specialized for."""
+        return {
+            "PRESENT": self.layout.present,
+            "ALIGNED": self.aligned,
+            "CHUNK": CHUNK,
+            "BLOCK": BLOCK,
+            # Rounds a product and the sum it goes into once; Triton's default for this depends on its version.
+            "enable_fp_fusion": True,
+        }
+
+
+def _readable(loss_scale: Tensor | None, device: torch.device) -> Tensor | None:
+    """Returns a loss scale that kernels on a device can read; usually it is one."""
+    if loss_scale is None or loss_scale.dtype in {torch.float32, torch.float64}:
+        return None if loss_scale is None else loss_scale.to(device)
+    return loss_scale.to(device, torch.float64)
+
+
+def _on(vector: Any, device: torch.device) -> Tensor:  # noqa: ANN401  an array of NumPy or PyTorch
+    tensor = torch.from_numpy(vector) if isinstance(vector, np.ndarray) else vector
+    moved: Tensor = tensor.to(device).contiguous()
+    return moved
+
+
+def _launching_on(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a device the one that launches go to."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _refuse_elsewhere(device: torch.device) -> None:
+    """Refuses gradients that the kernels cannot read."""
+    if device.type != "meta" and (device.type == "cpu") == INTERPRETED:
+        return
+    raise SettingError(
+        'backend="gpu"',
+        got="a gradient on the CPU" if device.type == "cpu" else f"a gradient on the device {device}",
+        allowed="gradients on the CPU, while TRITON_INTERPRET=1 is set" if INTERPRETED else "gradients on a GPU",
+        advice='move the model to its GPU with model.to("cuda"), or pass backend="auto"',
+    )

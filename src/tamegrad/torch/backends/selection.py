@@ -1,0 +1,119 @@
+"""Which backend a model gets, and why."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Literal, TypeAlias
+
+from torch import Tensor
+
+from tamegrad.errors import MissingExtraError, SettingError, quoted
+from tamegrad.groups import Plan
+from tamegrad.torch.backends.base import Backend
+from tamegrad.torch.backends.foreach import ForeachBackend
+
+__all__ = ["BACKENDS", "BackendName", "SelectedBackend", "select"]
+
+BackendName: TypeAlias = Literal["auto", "cpu", "gpu", "foreach"]
+
+
+def _imported_late(name: str, class_name: str) -> Callable[[Plan, Sequence[bool]], Backend]:
+    """Returns a backend whose module needs an extra, and is imported when the backend is first made."""
+
+    def make(plan: Plan, counted: Sequence[bool]) -> Backend:
+        backend: Backend = getattr(import_module(_module(name)), class_name)(plan, counted)
+        return backend
+
+    return make
+
+
+def _module(name: str) -> str:
+    return f"tamegrad.torch.backends.{name}"
+
+
+BACKENDS: dict[str, Callable[[Plan, Sequence[bool]], Backend]] = {
+    "cpu": _imported_late("cpu", "CpuBackend"),
+    "gpu": _imported_late("gpu", "GpuBackend"),
+    "foreach": ForeachBackend,
+}
+
+# What a backend needs beyond PyTorch: the extra and the library in it.
+_NEEDS = {"cpu": ("cpu", "Numba"), "gpu": ("gpu", "Triton")}
+
+
+@dataclass(frozen=True, slots=True)
+class SelectedBackend:
+    """The backend that is used, and why.
+
+    Args:
+        name: A key of `BACKENDS`.
+        reason: Why.
+
+    Example:
+        >>> print(SelectedBackend("cpu", "all 148 parameters are on the CPU"))
+        cpu (all 148 parameters are on the CPU)
+    """
+
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.reason})"
+
+
+def select(name: str, parameters: Iterable[Tensor]) -> SelectedBackend:
+    """Returns the backend that a setting stands for.
+
+    Args:
+        name: A backend's name, or `"auto"`.
+        parameters: What is to be normalized.
+
+    Returns:
+        The backend's name, and why it was selected.
+
+    Raises:
+        SettingError: If there is no such backend.
+        MissingExtraError: If the requested backend's dependency is missing, or cannot be used here.
+
+    Example:
+        >>> print(select("foreach", []))
+        foreach (as asked)
+    """
+    if name == "auto":
+        return _best_for(list(parameters))
+    if name not in BACKENDS:
+        raise SettingError(
+            "backend", got=repr(name), allowed=quoted(["auto", *BACKENDS]), advice='"auto" picks the best one available'
+        )
+    problem = _problem_with(name)
+    if problem is not None:
+        extra, library = _NEEDS[name]
+        raise MissingExtraError(
+            f'backend="{name}"',
+            got=f"a Python in which {library} cannot be used ({problem})",
+            allowed=f'{library}, or backend="foreach", which needs PyTorch alone',
+            advice=f"pip install 'tamegrad[{extra}]'",
+        ) from problem
+    return SelectedBackend(name, "as asked")
+
+
+def _best_for(parameters: list[Tensor]) -> SelectedBackend:
+    devices = sorted({str(parameter.device) for parameter in parameters})
+    if devices != ["cpu"]:
+        # The GPU backend is only taken by name as long as it has not been run on a GPU.
+        return SelectedBackend("foreach", f"the {len(parameters)} parameters are on {', '.join(devices) or 'no device'}")
+    where = "the only parameter is" if len(parameters) == 1 else f"all {len(parameters)} parameters are"
+    problem = _problem_with("cpu")
+    if problem is not None:
+        why = f"Numba cannot be used: {problem}; pip install 'tamegrad[cpu]'"
+        return SelectedBackend("foreach", f"{where} on the CPU, but {why}")
+    return SelectedBackend("cpu", f"{where} on the CPU")
+
+
+def _problem_with(name: str) -> ImportError | None:
+    """Returns why a backend cannot be imported, or None if it can."""
+    try:
+        import_module(_module(name))
+    except ImportError as error:
+        return error
+    return None

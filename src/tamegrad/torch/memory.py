@@ -1,0 +1,179 @@
+"""Where the values of tensors are in memory, asked of whole lists of tensors at once.
+
+Two thousand tensors take about a hundred microseconds a question this way, several times less than a loop. Nothing is
+remembered: `zero_grad` usually makes every gradient a new tensor, and an address that is asked for anew cannot be stale.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+__all__ = ["DTYPES", "Memory", "flattened", "is_dense", "is_lazy", "overlaps_itself", "owns_memory"]
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
+_POSITIONS = {dtype: position for position, dtype in enumerate(DTYPES)}
+# The first complex dtype; those after it are complex too.
+_COMPLEX = DTYPES.index(torch.complex64)
+# How often a look that other code disturbed is repeated.
+_REPEATS = 10
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Memory:
+    """What one look at some tensors found. The memory stays allocated as long as this object lives.
+
+    Python code that runs in between (a signal handler, a finalizer, another thread) may give a tensor other memory. So
+    the storages are held, and an address counts only if it lies in the storage that was held before it was asked for.
+
+    Args:
+        storages: What holds the values.
+        addresses: `(N,)` int64: where each tensor's values start; 0 without values.
+        counts: `(N,)` int64: how many values each has.
+        dtypes: `(N,)` int64: positions in `DTYPES`, or -1 for another dtype.
+        contiguous: `(N,)` bool.
+        held: `(N,)` bool: False where a tensor was given other memory during the look, and during each repetition.
+    """
+
+    storages: list[torch.UntypedStorage]
+    addresses: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    dtypes: NDArray[np.int64]
+    contiguous: NDArray[np.bool_]
+    held: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> "Memory":
+        """Asks tensors.
+
+        Args:
+            tensors: Strided, of any dtype, on any device, in memory of their own.
+
+        Returns:
+            What was found.
+
+        Raises:
+            RuntimeError: If one has no storage: a sparse tensor, or a wrapper subclass.
+        """
+        memory = cls._look(tensors)
+        for _ in range(_REPEATS):
+            if memory.held.all():
+                break
+            memory = cls._look(tensors)
+        return memory
+
+    @classmethod
+    def _look(cls, tensors: Sequence[Tensor]) -> "Memory":
+        number = len(tensors)
+        # The storages first and the addresses last: what lies between is of the same memory if they agree.
+        storages = list(map(Tensor.untyped_storage, tensors))
+        counts = np.fromiter(map(Tensor.numel, tensors), np.int64, number)
+        dtypes = [tensor.dtype for tensor in tensors]
+        contiguous = np.fromiter(map(Tensor.is_contiguous, tensors), np.bool_, number)
+        addresses = np.fromiter(map(Tensor.data_ptr, tensors), np.int64, number)
+        starts = np.fromiter(map(torch.UntypedStorage.data_ptr, storages), np.int64, number)
+        held = (addresses == starts) | (counts == 0)
+        if not held.all():
+            itemsizes = np.fromiter((dtype.itemsize for dtype in dtypes), np.int64, number)
+            offsets = np.fromiter(map(Tensor.storage_offset, tensors), np.int64, number)
+            held |= addresses == starts + itemsizes * offsets
+        return cls(storages, addresses, counts, _positions_of(dtypes), contiguous, held)
+
+    def unusual(self, tensors: Sequence[Tensor]) -> list[int]:
+        """Returns which tensors have to be looked at one by one.
+
+        Args:
+            tensors: Those that were asked.
+
+        Returns:
+            The positions of those that are not contiguous, lazy, of another dtype, or were given other memory.
+        """
+        found = ~self.contiguous | ~self.held | (self.dtypes < 0)
+        # Of contiguous tensors only complex ones and, since `x.conj().imag` is the only way to a real one and leaves
+        # gaps in memory, single values can be lazy.
+        for index in np.flatnonzero(~found & ((self.counts == 1) | (self.dtypes >= _COMPLEX))).tolist():
+            found[index] = is_lazy(tensors[index])
+        unusual: list[int] = np.flatnonzero(found).tolist()
+        return unusual
+
+    def shared(self) -> dict[int, int]:
+        """Returns which tensors start where an earlier one does and are as long, each with the first such tensor."""
+        ordered = np.sort(self.addresses[self.counts > 0])
+        if not (ordered[1:] == ordered[:-1]).any():
+            return {}
+        shared, seen = {}, dict[tuple[int, int], int]()
+        for index, (address, count) in enumerate(zip(self.addresses.tolist(), self.counts.tolist(), strict=True)):
+            first = seen.setdefault((address, count), index)
+            # Tensors on the meta device have values, but no addresses.
+            if count and address and first != index:
+                shared[index] = first
+        return shared
+
+    def scattered(self, positions: NDArray[np.int64], number: int) -> "Memory":
+        """Returns the same with a place for each of `number` parameters, where these tensors are at some positions."""
+        columns = []
+        for column, empty in (
+            (self.addresses, 0),
+            (self.counts, 0),
+            (self.dtypes, -1),
+            (self.contiguous, True),
+            (self.held, True),
+        ):
+            columns.append(np.full(number, empty, dtype=column.dtype))
+            columns[-1][positions] = column
+        return Memory(self.storages, *columns)
+
+
+def _positions_of(dtypes: list[torch.dtype]) -> NDArray[np.int64]:
+    """Returns the positions of some dtypes in `DTYPES`."""
+    if dtypes and dtypes.count(dtypes[0]) == len(dtypes):
+        return np.full(len(dtypes), _POSITIONS.get(dtypes[0], -1))
+    return np.array([_POSITIONS.get(dtype, -1) for dtype in dtypes], dtype=np.int64)
+
+
+def owns_memory(tensor: Tensor) -> bool:
+    """Returns whether a tensor's values are in memory of its own: not so for many subclasses, and on meta."""
+    try:
+        storage = tensor.untyped_storage()
+        # A fake tensor claims a device, and warns if it is asked for an address.
+        return storage.device.type == tensor.device.type != "meta" and (not tensor.numel() or storage.data_ptr() != 0)
+    except RuntimeError:
+        return False
+
+
+def is_lazy(tensor: Tensor) -> bool:
+    """Returns whether memory holds the conjugate or the negative of what a tensor means."""
+    return tensor.is_neg() or tensor.is_conj()
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Returns whether the values fill their memory, in whatever order the dimensions lie."""
+    if tensor.is_contiguous():
+        return True
+    reached = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride != reached:
+            return False
+        reached *= size
+    return True
+
+
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Returns whether two indices may name one place in memory, as in an expanded tensor, which no one can write to."""
+    if tensor.is_contiguous():
+        return False
+    reach = 0
+    for stride, size in sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False
+
+
+def flattened(tensor: Tensor) -> Tensor:
+    """Returns the values of a dense tensor in the order in which they lie in memory, as a 1-dim view of it."""
+    return tensor.as_strided((tensor.numel(),), (1,))

@@ -1,0 +1,122 @@
+"""Makes the plan of a model, and makes it anew when the model changes."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+from torch import nn
+
+from tamegrad.errors import UnmatchedError
+from tamegrad.groups import Plan, make_plan, unmatched_overrides
+from tamegrad.policy import Policy
+from tamegrad.torch.model.layers import check_patterns, find_layers
+from tamegrad.torch.model.pairs import read_pairs
+from tamegrad.torch.model.selection import Selection
+from tamegrad.torch.model.unsupported import refuse_unsupported
+from tamegrad.torch.model.watch import ModuleWatch
+from tamegrad.torch.sharded.distributed import Reduction
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["Model", "PlannedModel", "Planner"]
+
+Model: TypeAlias = nn.Module | Iterable[tuple[str, nn.Parameter]]
+
+
+@dataclass(frozen=True, eq=False)
+class PlannedModel:
+    """A plan with the tensors that it is for.
+
+    Args:
+        plan: The plan.
+        parameters: The parameters, in the order of the plan.
+        reduction: Adds up what the ranks measure.
+        device: Of the first parameter, when the plan was made.
+        watch: Finds out whether the model still is what was planned for.
+    """
+
+    plan: Plan
+    parameters: tuple[nn.Parameter, ...]
+    reduction: Reduction
+    device: torch.device
+    watch: ModuleWatch
+
+
+class Planner:
+    """Makes plans of one model, again and again.
+
+    Args:
+        model: The model, or pairs of a name and a parameter.
+        policy: Which layer gets which strategy.
+        merged: Globs on module paths: each module that matches is one layer with all below it.
+        process_groups: For a pipeline: groups with one rank of every stage.
+        selection: Which parameters are planned for.
+
+    Raises:
+        SettingError: If `model` is neither of the two, or FSDP1 or DeepSpeed has its gradients.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        policy: Policy,
+        merged: Sequence[str],
+        process_groups: Sequence["ProcessGroup"],
+        selection: Selection,
+    ) -> None:
+        self._policy = policy
+        self._merged = merged
+        self._process_groups = process_groups
+        self._selection = selection
+        self._module = model if isinstance(model, nn.Module) else None
+        self._layers = find_layers(model, merged) if isinstance(model, nn.Module) else read_pairs(model, merged)
+        refuse_unsupported(model, self._layers)
+
+    def first_plan(self) -> PlannedModel:
+        """Makes the first plan, in which every pattern has to match something.
+
+        Returns:
+            The plan.
+
+        Raises:
+            SettingError: If there is no parameter to plan for, or the plans of the ranks differ.
+            UnmatchedError: If an override or a pattern of merged layers matches nothing.
+        """
+        return self._plan(first=True)
+
+    def new_plan(self) -> PlannedModel:
+        """Makes the plan of the model as it is now; patterns need not match any longer.
+
+        Returns:
+            The plan.
+
+        Raises:
+            SettingError: As `first_plan` does.
+        """
+        if self._module is not None:
+            self._layers = find_layers(self._module, self._merged)
+        return self._plan(first=False)
+
+    def is_stale(self, planned: PlannedModel) -> bool:
+        """Returns whether a plan made now could differ."""
+        # A model moves as a whole: one parameter shows whether another backend is the best now.
+        moved = planned.parameters[0].device != planned.device
+        return moved or self._selection.changed() or planned.watch.changed()
+
+    def _plan(self, *, first: bool) -> PlannedModel:
+        selected = self._selection.of(self._layers)
+
+        def make() -> tuple[Plan, dict[str, UnmatchedError]]:
+            if first:
+                check_patterns(self._merged, self._layers.paths)
+            unmatched = unmatched_overrides(self._layers.layers, self._policy) if first else {}
+            return make_plan(selected.layers, self._policy), unmatched
+
+        parameters = tuple(selected.parameters)
+        reduction = Reduction(parameters, self._process_groups)
+        plan = reduction.agree(make)
+        # Pairs of names and parameters have no modules, and so none that change.
+        watch = ModuleWatch(nn.Module() if self._module is None else self._module)
+        return PlannedModel(plan, parameters, reduction, parameters[0].device, watch)

@@ -1,0 +1,294 @@
+"""The step between measuring and deciding where several processes train one model: one sum over all of them.
+
+Every rank measures the parts that it has; of equal parts one rank counts. The table of sums is laid out by the plan,
+whatever gradients there are, so that no rank waits for another that has nothing to add.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from tamegrad.errors import SettingError, TamegradError, UnmatchedError
+from tamegrad.groups import Plan
+from tamegrad.decide import COLUMNS
+from tamegrad.torch.sharded.sharding import first_rank, is_counted, is_sharded, mesh_of, ranks_together
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+__all__ = ["Reduction", "check_process_groups"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Card:
+    """What a rank tells the others when its plan is made.
+
+    Args:
+        problem: Why it has no plan.
+        digest: Of its plan.
+        firsts: The first rank of each of its meshes.
+    """
+
+    problem: str | None
+    digest: str
+    firsts: tuple[int, ...]
+
+
+class Reduction:
+    """Adds up over ranks what they measured; on a model that is not sharded there is nothing to do.
+
+    Args:
+        parameters: The parameters in the order of the plan.
+        process_groups: The groups that sums over the whole model go over as well: those of a pipeline, in each of which
+            every stage has one rank.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], process_groups: Sequence["ProcessGroup"]) -> None:
+        self._parameters = parameters
+        self._stages = [_Stages(group, _device_for(group, parameters)) for group in process_groups]
+        self._meshes: list[DeviceMesh] = []
+        self._group: ProcessGroup | None = None
+        if is_sharded(parameters):
+            meshes = dict.fromkeys(mesh_of(parameter) for parameter in parameters)
+            self._meshes = [mesh for mesh in meshes if mesh is not None]
+            self._group = _group_of(ranks_together(self._meshes, dist.get_rank()), self._meshes)
+            self._ranks = dist.get_process_group_ranks(self._group)
+            self._device = _device_for(self._group, parameters)
+        self.counted: tuple[bool, ...] = (True,) * len(parameters)
+
+    def agree(self, make: Callable[[], tuple[Plan, Mapping[str, UnmatchedError]]]) -> Plan:
+        """Makes the plan of this rank and compares it with those of the others, which takes a few collectives.
+
+        Args:
+            make: Makes the plan, and says which overrides match nothing here. In a pipeline they may in another stage.
+
+        Returns:
+            The plan.
+
+        Raises:
+            TamegradError: What `make` raised.
+            UnmatchedError: If an override matches nothing in any stage.
+            SettingError: If another rank has no plan or another plan; then every rank raises.
+        """
+        plan, problem = None, None
+        unmatched: Mapping[str, UnmatchedError] = {}
+        try:
+            plan, unmatched = make()
+        except TamegradError as error:
+            problem = error
+        if not self._stages:
+            problem = problem or next(iter(unmatched.values()), None)
+        # Nobody raises before the last collective: others would wait for what this rank no longer joins.
+        if self._group is not None:
+            found = self._compare(self._group, plan, problem)
+            problem = problem or found
+        for stages in self._stages:
+            found = stages.compare(plan, problem, unmatched)
+            problem = problem or found
+        if problem is not None:
+            raise problem
+        assert plan is not None
+        return plan
+
+    def reduce(self, table: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Adds up what the ranks measured; every rank has to call it.
+
+        Args:
+            table: `(G, COLUMNS)` float64 sums of what this rank counts.
+
+        Returns:
+            The sums over all ranks, the same bits on each; and for a pipeline the `(COLUMNS,)` sums over all groups of
+            all stages.
+        """
+        if self._group is not None:
+            table = _sum(table, self._group, self._device)
+        if not self._stages:
+            return table, None
+        total = table.sum(0)
+        for stages in self._stages:
+            table, total = stages.reduce(table, total)
+        return table, total
+
+    def reduce_counts(self, counts: Tensor) -> Tensor:
+        """Adds up `(P, N)` counts of what is in each parameter; every rank has to call it."""
+        if self._group is None:
+            return counts
+        return _sum(counts * torch.tensor(self.counted, device=counts.device)[:, None], self._group, self._device)
+
+    def _compare(self, group: "ProcessGroup", plan: Plan | None, problem: TamegradError | None) -> TamegradError | None:
+        """Compares plans, and finds out who counts what; returns why the ranks cannot go on."""
+        lines = _described(plan, self._parameters) if plan is not None else []
+        digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        firsts = tuple(map(first_rank, self._meshes))
+        card = _Card(None if problem is None else str(problem), digest, firsts)
+        cards: list[_Card] = _gathered(card, group)
+        failed = {rank: card.problem for rank, card in zip(self._ranks, cards, strict=True) if card.problem is not None}
+        if failed:
+            rank, message = next(iter(failed.items()))
+            return SettingError(
+                f"the plan of rank {rank}",
+                got=f"an error there: {message}",
+                allowed="the same model and the same settings on every rank",
+                advice=f"mend what rank {rank} says",
+            )
+        if any(other.digest != digest for other in cards):
+            return _difference(lines, group, self._ranks)
+        slices = {}
+        for mesh, first, *all_firsts in zip(self._meshes, firsts, *(card.firsts for card in cards), strict=True):
+            known = sorted(set(all_firsts))
+            slices[mesh] = known.index(first), len(known)
+        self.counted = tuple(
+            is_counted(parameter, turn, slices, self._ranks, dist.get_rank())
+            for turn, parameter in enumerate(self._parameters)
+        )
+        return None
+
+
+class _Stages:
+    """The sums that the stages of a pipeline share: of each group of the whole model, and of everything.
+
+    Args:
+        group: One rank of every stage.
+        device: Where its collectives work.
+    """
+
+    def __init__(self, group: "ProcessGroup", device: torch.device) -> None:
+        self._group = group
+        self._device = device
+        self._count = 0
+        self._rows = self._places = torch.zeros(0, dtype=torch.int64, device="cpu")
+
+    def compare(
+        self, plan: Plan | None, problem: TamegradError | None, unmatched: Mapping[str, UnmatchedError]
+    ) -> TamegradError | None:
+        """Finds out which groups the stages share; returns why they cannot go on."""
+        groups = [] if plan is None else [(row, g) for row, g in enumerate(plan.groups) if g.strategy.per == "model"]
+        mine = {group.name: str(group.strategy) for _, group in groups}
+        shared: dict[str, str] = {}
+        nowhere = set(unmatched)
+        told = _gathered((mine, set(unmatched), None if problem is None else str(problem)), self._group)
+        for rank, (theirs, missing, failed) in zip(dist.get_process_group_ranks(self._group), told, strict=True):
+            nowhere &= missing
+            if failed is not None:
+                return _stage_error(f"an error on rank {rank}: {failed}", f"mend what rank {rank} says")
+            for name, strategy in theirs.items():
+                if shared.setdefault(name, strategy) != strategy:
+                    both = f"{shared[name]} and, on rank {rank}, {strategy} for the group {name!r}"
+                    return _stage_error(both, 'give every stage the same strategies with per="model"')
+        if nowhere:
+            return next(error for name, error in unmatched.items() if name in nowhere)
+        names = list(shared)
+        self._count = len(names)
+        self._rows = torch.tensor([row for row, _ in groups], dtype=torch.int64, device="cpu")
+        self._places = torch.tensor([names.index(group.name) for _, group in groups], dtype=torch.int64, device="cpu")
+        return None
+
+    def reduce(self, table: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds up the rows that the stages share, and their totals."""
+        if self._rows.device != table.device:
+            self._rows, self._places = self._rows.to(table.device), self._places.to(table.device)
+        packed = table.new_zeros(self._count + 1, COLUMNS)
+        packed[-1] = total
+        packed.index_copy_(0, self._places, table.index_select(0, self._rows))
+        packed = _sum(packed, self._group, self._device)
+        table.index_copy_(0, self._rows, packed.index_select(0, self._places))
+        return table, packed[-1]
+
+
+def check_process_groups(process_groups: Sequence["ProcessGroup"]) -> None:
+    """Refuses what is no sequence of process groups.
+
+    Args:
+        process_groups: The setting.
+
+    Raises:
+        SettingError: If it is something else.
+    """
+    entries: Sequence[object] = process_groups if isinstance(process_groups, list | tuple) else [process_groups]
+    wrong = [entry for entry in entries if not isinstance(entry, dist.ProcessGroup)]
+    if wrong or entries is not process_groups:
+        raise SettingError(
+            "process_groups",
+            got=repr(wrong[0] if wrong else process_groups),
+            allowed="a list of torch.distributed.ProcessGroup, each with one rank of every stage of a pipeline",
+            advice='pass process_groups=[mesh["pp"].get_group()]',
+        )
+
+
+def _stage_error(got: str, advice: str) -> SettingError:
+    return SettingError("process_groups", got=got, allowed="stages that agree on the groups they share", advice=advice)
+
+
+def _difference(lines: list[str], group: "ProcessGroup", ranks: Sequence[int]) -> SettingError:
+    """Finds, together with the other ranks, where plans differ from the first rank's."""
+    theirs: list[list[str]] = [lines if dist.get_rank() == ranks[0] else []]
+    dist.broadcast_object_list(theirs, src=ranks[0], group=group)
+    longest = max(len(lines), len(theirs[0]))
+    pairs = zip(*(side + ["nothing more"] * (longest - len(side)) for side in (theirs[0], lines)), strict=True)
+    found = _gathered(next((pair for pair in pairs if pair[0] != pair[1]), None), group)
+    other = [rank for rank, pair in zip(ranks, found, strict=True) if pair is not None]
+    first, here = found[ranks.index(other[0])]
+    return SettingError(
+        "the plans of the ranks",
+        got=f"other plans than rank {ranks[0]}'s on {len(other)} of {len(ranks)} ranks, the first of them {other[0]}: "
+        f"{here!r} instead of {first!r}",
+        allowed="the same model and the same settings on every rank",
+        advice="build the model, its meshes and the policy alike on every rank; print(normalizer.plan) shows a plan",
+    )
+
+
+def _described(plan: Plan, parameters: Sequence[Any]) -> list[str]:
+    """Returns what has to be the same on all ranks, line by line."""
+    lines = [f"{group.name}: {group.strategy}" for group in plan.groups]
+    for entry, group, parameter in zip(plan.parameters, plan.group_of, parameters, strict=True):
+        mesh = mesh_of(parameter)
+        where = "" if mesh is None else f" as {[str(placement) for placement in parameter.placements]} on {mesh.shape}"
+        lines.append(f"{entry.name} in group {group}: {tuple(parameter.shape)}{where}")
+    return lines
+
+
+def _gathered(mine: Any, group: "ProcessGroup") -> list[Any]:  # noqa: ANN401  whatever can be pickled
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, mine, group=group)
+    return everyone
+
+
+def _sum(tensor: Tensor, group: "ProcessGroup", device: torch.device) -> Tensor:
+    moved = tensor.to(device)
+    dist.all_reduce(moved, group=group)
+    return moved.to(tensor.device)
+
+
+def _device_for(group: "ProcessGroup", parameters: Sequence[Tensor]) -> torch.device:
+    """Returns where a group's collectives work: with the parameters if they can, else where they can."""
+    # By the plan, not by the gradients: a rank without any has to choose as the others do.
+    home = parameters[0].device
+    able = [entry.partition(":")[0] for entry in dist.get_backend_config(group).split(",")]
+    return home if home.type in able else torch.device(able[0])
+
+
+# The groups that were made, for each world, since a group takes connections and cannot be taken back.
+_made: WeakKeyDictionary["ProcessGroup", dict[tuple[int, ...], "ProcessGroup"]] = WeakKeyDictionary()
+
+
+def _group_of(ranks: Sequence[int], meshes: Sequence["DeviceMesh"]) -> "ProcessGroup":
+    """Returns a process group of these ranks, if possible one that there is."""
+    world = dist.group.WORLD
+    assert world is not None
+    if len(ranks) == dist.get_world_size():
+        return world
+    for group in (group for mesh in meshes for group in mesh.get_all_groups()):
+        if sorted(dist.get_process_group_ranks(group)) == list(ranks):
+            return group
+    groups = _made.setdefault(world, {})
+    if tuple(ranks) not in groups:
+        # Ranks that are not in it, which may be stages of a pipeline, do not know of it.
+        groups[tuple(ranks)] = dist.new_group(list(ranks), use_local_synchronization=True)
+    return groups[tuple(ranks)]

@@ -1,0 +1,152 @@
+"""The four steps for one plan: measure, reduce, decide, apply."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tamegrad.decide import NONFINITE, Decision
+from tamegrad.errors import NonFiniteGradientError, SettingError
+from tamegrad.report import Report
+from tamegrad.strategies import OnNonfinite
+from tamegrad.torch.backends import BACKENDS, Backend, SelectedBackend, select
+from tamegrad.torch.backends.tensorwise import count_nonfinite
+from tamegrad.torch.gradients import Gradients, collect
+from tamegrad.torch.model.planning import PlannedModel
+from tamegrad.torch.settings import Settings
+from tamegrad.torch.sharded.sharding import mesh_of
+
+__all__ = ["Step"]
+
+
+class Step:
+    """Takes the four steps for the gradients that the parameters of one plan have.
+
+    Args:
+        planned: The plan and its parameters.
+        settings: What the user set.
+
+    Attributes:
+        plan: The plan.
+        parameters: The parameters, in its order.
+        backend: Which backend is used, and why.
+        nonfinite_steps: `(G,)` int64: in how many steps so far each group held NaN or infinity.
+    """
+
+    def __init__(self, planned: PlannedModel, settings: Settings) -> None:
+        self.plan = planned.plan
+        self.parameters = planned.parameters
+        self.backend: SelectedBackend = select(settings.backend, planned.parameters)
+        self.nonfinite_steps = torch.zeros(len(self.plan.groups), dtype=torch.int64, device="cpu")
+        self._reduction = planned.reduction
+        self._on_nonfinite: OnNonfinite = settings.on_nonfinite
+        self._backend: Backend = BACKENDS[self.backend.name](self.plan, planned.reduction.counted)
+        self._names = tuple(parameter.name for parameter in self.plan.parameters)
+        self._sharded = any(mesh_of(parameter) is not None for parameter in self.parameters)
+        self._group_names = tuple(group.name for group in self.plan.groups)
+
+    def collect(self) -> Gradients:
+        """Collects the gradients that the parameters have now.
+
+        Raises:
+            SettingError: If a gradient is of a kind that cannot be normalized, or the device would have to be read
+                while a CUDA graph is captured; nothing was changed.
+        """
+        self._refuse_capture()
+        return collect(self.parameters, self._names, sharded=self._sharded)
+
+    def decide(self, gradients: Gradients, loss_scale: Tensor | None) -> tuple[Decision[Any], bool]:
+        """Measures, reduces and decides.
+
+        Args:
+            gradients: As they were collected.
+            loss_scale: What they were multiplied by, 0-dim; None if they were not.
+
+        Returns:
+            The decision, and whether to leave everything as it is because of a gradient that is not finite.
+        """
+        table, total = self._reduction.reduce(self._backend.measure(gradients, loss_scale))
+        self.nonfinite_steps = self.nonfinite_steps.to(table.device)
+        decision = self._backend.decide(
+            table,
+            on_nonfinite=self._on_nonfinite,
+            nonfinite_steps=self.nonfinite_steps,
+            loss_scale=loss_scale,
+            total=total,
+        )
+        if self._on_nonfinite not in {"skip", "raise"}:
+            # Reading the device is what "keep" and "zero" spare.
+            return decision, False
+        # A gradient of any stage of a pipeline stops all of them.
+        return decision, bool((decision.nonfinite if total is None else total[NONFINITE]).any())
+
+    def apply_(self, gradients: Gradients, decision: Decision[Any]) -> None:
+        """Applies a decision in place.
+
+        Args:
+            gradients: As they were collected.
+            decision: What to do with each group.
+
+        Raises:
+            SettingError: If a gradient cannot be changed; none was.
+        """
+        on_host = isinstance(decision.first, np.ndarray)
+        changed = self._changed(decision) if on_host else np.ones(len(self.parameters), dtype=np.bool_)
+        if changed.any():
+            gradients.refuse_unwritable(changed, self._names)
+            self._backend.apply_(gradients, decision, changed)
+        if gradients.copies:
+            gradients.write_back(changed if on_host else self._changed(decision))
+
+    def report(self, decision: Decision[Any], *, skipped: bool) -> Report[Tensor]:
+        """Returns the report of a step.
+
+        Args:
+            decision: What was decided.
+            skipped: Whether everything was left as it is instead.
+
+        Returns:
+            The report.
+        """
+        norms, scales, norms_after, clipped, nonfinite, total_norm = map(_as_tensor, decision.reported)
+        if skipped:
+            scales, norms_after, clipped = torch.ones_like(scales), norms, torch.zeros_like(clipped)
+        return Report(self._group_names, norms, scales, norms_after, clipped, nonfinite, total_norm, skipped)
+
+    def nonfinite_error(self, gradients: Gradients) -> NonFiniteGradientError:
+        """Returns the error that names the parameters whose gradients are not finite."""
+        found = torch.zeros(len(self.parameters), 3, dtype=torch.int64, device="cpu")
+        for row, values in zip(found, gradients.values, strict=True):
+            if values is not None:
+                row[:] = count_nonfinite(values)
+        rows = self._reduction.reduce_counts(found).tolist()
+        named = zip(self._names, rows, strict=True)
+        counts = {name: (nan, plus, minus) for name, (nan, plus, minus) in named if nan or plus or minus}
+        return NonFiniteGradientError(counts, self.plan.layers_of(counts))
+
+    def _changed(self, decision: Decision[Any]) -> NDArray[np.bool_]:
+        """Returns which gradients changed; this reads the device."""
+        groups: NDArray[np.bool_] = np.asarray(decision.changed.tolist(), dtype=np.bool_)
+        return groups[self._backend.group_of]
+
+    def _refuse_capture(self) -> None:
+        if self._on_nonfinite not in {"skip", "raise"}:
+            return
+        # A PyTorch without CUDA raises when asked for its stream.
+        initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # PyTorch has no type there
+        if initialized and torch.cuda.is_current_stream_capturing():
+            raise SettingError(
+                f'on_nonfinite="{self._on_nonfinite}"',
+                got="a step while a CUDA graph is captured, which cannot read the device",
+                allowed='"keep" or "zero" inside a CUDA graph',
+                advice='pass on_nonfinite="keep" or "zero", or normalize outside of the graph',
+            )
+
+
+def _as_tensor(array: Any) -> Tensor:  # noqa: ANN401  an array of NumPy or PyTorch
+    if isinstance(array, Tensor):
+        return array
+    tensor: Tensor = torch.from_numpy(np.asarray(array))
+    return tensor
