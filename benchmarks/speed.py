@@ -1,8 +1,8 @@
-"""Times tamegrad beside the clipping of other libraries, in one run, on the shapes of real models.
+"""Times tamegrad and the clipping of other libraries, in one run, on the shapes of real models.
 
-Run `make bench`, or `python benchmarks/speed.py`; with `--write FILE` it writes the page of the documentation and its
-pictures. It first runs the contract suite and reports nothing if that is red: what is wrong need not be fast. optax and
-smartclip are left out, and the output says so, where they are not installed.
+Run `make bench`, or `python benchmarks/speed.py`; with `--write FILE` it also writes the documentation page and its
+pictures. It first runs the contract suite and reports nothing if that fails: wrong results need not be fast. If optax
+or smartclip is not installed, it is left out, and the output says so.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from speed_tools import left_out, versions
 __all__ = ["CONTRACT", "Results", "main", "measure"]
 
 ROOT = Path(__file__).parents[1]
-# What must be green before anything is reported.
+# This must pass before anything is reported.
 CONTRACT = ROOT / "tests" / "contract"
 GROWTH = (10, 100, 1000, 10_000)
 CASE_SECONDS, GROWTH_SECONDS = 10.0, 3.0
@@ -35,14 +35,14 @@ CASE_SECONDS, GROWTH_SECONDS = 10.0, 3.0
 
 @dataclass(frozen=True)
 class Results:
-    """What was measured.
+    """All measurements.
 
     Args:
-        measured: On each model.
-        growth: With growing numbers of layers.
-        shares: Of training steps.
-        sharded: On sharded models.
-        first_calls: On the first call there.
+        measured: The times on each model.
+        growth: The times with growing numbers of layers.
+        shares: The shares of training steps.
+        sharded: The times on sharded models.
+        first_calls: The times of the first call on a sharded model.
     """
 
     measured: list[Measured]
@@ -53,13 +53,13 @@ class Results:
 
 
 def measure(*, quick: bool) -> Results:
-    """Measures everything.
+    """Takes all measurements.
 
     Args:
-        quick: Whether to take tiny models and one round: a test that it runs, whose numbers mean nothing.
+        quick: Whether to use tiny models and one round: a smoke test, whose numbers mean nothing.
 
     Returns:
-        What was measured.
+        The measurements.
     """
     measured = []
     for case in cases(quick=quick):
@@ -73,8 +73,8 @@ def measure(*, quick: bool) -> Results:
     return Results(measured, growth, shares, measure_sharded(quick=quick), measure_first_calls(quick=quick))
 
 
-def contract_is_green() -> bool:
-    """Runs the contract suite, in a process of its own."""
+def contract_passes() -> bool:
+    """Returns whether the contract suite passes; runs it in its own process."""
     print("running the contract suite, which takes a minute or two", file=sys.stderr)
     command = [sys.executable, "-m", "pytest", "--quiet", "-p", "no:cacheprovider", str(CONTRACT)]
     done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)  # noqa: S603  our own tests
@@ -84,7 +84,7 @@ def contract_is_green() -> bool:
 
 
 def provenance() -> str:
-    """Returns where, when and with what was measured."""
+    """Returns when, on what machine and with which versions this runs."""
     threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
     today = dt.datetime.now(tz=dt.UTC).date()
     system = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"
@@ -108,35 +108,33 @@ def _processor() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints the tables, or writes the page too.
+    """Prints the tables, and writes the page if asked to.
 
     Args:
-        arguments: The command line; None for that of the process.
+        arguments: The command-line arguments; None for those of the process.
 
     Returns:
-        The exit code: 1 if the contract suite is red.
+        The exit code: 1 if the contract suite fails.
     """
-    parser = argparse.ArgumentParser(description="Time tamegrad beside the clipping of other libraries.")
-    parser.add_argument("--write", metavar="FILE", type=Path, help="also write the page of the documentation")
+    parser = argparse.ArgumentParser(description="Time tamegrad and the clipping of other libraries.")
+    parser.add_argument("--write", metavar="FILE", type=Path, help="also write the documentation page")
     parser.add_argument("--quick", action="store_true", help="tiny models and one round; the numbers mean nothing")
     options = parser.parse_args(arguments)
     if options.write is not None and importlib.util.find_spec("matplotlib") is None:
-        parser.error("--write draws pictures, and matplotlib is not installed: pip install matplotlib")
-    if not contract_is_green():
-        print(
-            "The contract suite is red: nothing is reported. Mend what it names, then run this again.", file=sys.stderr
-        )
+        parser.error("--write draws pictures, which needs matplotlib: pip install matplotlib")
+    if not contract_passes():
+        print("The contract suite fails: nothing is reported. Fix its failures, then run this again.", file=sys.stderr)
         return 1
     started, load = provenance(), os.getloadavg()[0]
     results = measure(quick=options.quick)
     load = max(load, os.getloadavg()[0])
     made = f"{started}, load average {load:.1f}"
-    missing = [f"{name} is not installed and left out: pip install {name}" for name in left_out()]
+    missing = [f"{name} is left out, because it is not installed: pip install {name}" for name in left_out()]
     print("\n".join([made, *missing]), end="\n\n")
     laid_out = tables(results.measured, results.growth, results.shares, results.sharded, results.first_calls)
     print(laid_out)
     if options.write is not None:
-        # matplotlib is needed for this alone.
+        # Only this needs matplotlib.
         from speed_pictures import draw  # noqa: PLC0415
 
         pictures = draw(options.write.parent / "pictures", results.measured, results.growth, results.sharded)

@@ -1,4 +1,4 @@
-"""Times tools in interleaved rounds, each in another order: what disturbs one tool disturbs all."""
+"""Times tools in interleaved rounds, each in a different order, so that a disturbance hits all tools alike."""
 
 import gc
 import time
@@ -13,7 +13,7 @@ from speed_tools import HUGE, READ, TINY, WRITE, Tool, tools
 __all__ = ["Growth", "Measured", "Times", "measure_case", "measure_growth", "time_tools"]
 
 MOST_ROUNDS, LEAST_ROUNDS = 25, 3
-# A tool that takes longer than this is timed in the first round alone.
+# A tool that takes longer than this is timed in the first round only.
 SLOW_SECONDS = 1.0
 # With more layers than this, optax takes minutes to compile and smartclip seconds a step.
 MANY = 100
@@ -21,11 +21,11 @@ MANY = 100
 
 @dataclass(frozen=True)
 class Times:
-    """The seconds of each tool in each round.
+    """The times of each tool in each round.
 
     Args:
         tools: The tools.
-        seconds: `(R, T)`, NaN where a tool sat out.
+        seconds: `(R, T)`, NaN where a tool sat out a round.
     """
 
     tools: tuple[Tool, ...]
@@ -35,7 +35,7 @@ class Times:
         return self.seconds[:, [tool.name for tool in self.tools].index(name)]
 
     def __contains__(self, name: str) -> bool:
-        """Says whether a tool was timed."""
+        """Returns whether a tool was timed."""
         return any(tool.name == name for tool in self.tools)
 
     def median(self, name: str) -> float:
@@ -43,23 +43,23 @@ class Times:
         return float(np.nanmedian(self._column(name)))
 
     def ratio(self, name: str, to: str) -> float:
-        """Returns how many times as long a tool takes as another: the median of the ratios within each round."""
+        """Returns the time of a tool divided by that of another: the median of the ratios within each round."""
         return float(np.nanmedian(self._column(name) / self._column(to)))
 
     def ratio_of_fastest(self, name: str, to: str) -> float:
-        """Returns the same of the fastest round of each, which a busy machine disturbs least."""
+        """Returns the same ratio between the fastest round of each, which a busy machine affects least."""
         return float(np.nanmin(self._column(name)) / np.nanmin(self._column(to)))
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured on one model.
+    """The times on one model.
 
     Args:
         name: The model's name.
-        size: How large it is.
-        nothing: With a threshold that nothing passes.
-        everything: With one that everything does.
+        size: Its size, in words.
+        nothing: The times with nothing clipped.
+        everything: The times with everything clipped.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Measured:
     everything: Times
 
     def both(self) -> tuple[tuple[str, Times, str], ...]:
-        """Returns the two measurements, what each is called, and its floor."""
+        """Returns the name of each of the two measurements, its times and its floor."""
         return ("nothing clipped", self.nothing, READ), ("everything clipped", self.everything, WRITE)
 
 
@@ -77,18 +77,18 @@ class Growth:
     """Times with growing numbers of layers, nothing clipped.
 
     Args:
-        times: By the number of layers.
+        times: The times, by the number of layers.
     """
 
     times: dict[int, Times]
 
 
 def time_tools(listed: Sequence[Tool], seconds: float) -> Times:
-    """Times tools in interleaved rounds, after one run of each that does not count.
+    """Times tools in interleaved rounds, after one warm-up run of each.
 
     Args:
         listed: The tools.
-        seconds: After how long to begin no more rounds; three are always done, or one if there is no time at all.
+        seconds: When to stop starting new rounds; there are always at least three, or one if this is 0.
 
     Returns:
         The times.
@@ -97,7 +97,7 @@ def time_tools(listed: Sequence[Tool], seconds: float) -> Times:
         _time(tool)
     end = time.perf_counter() + seconds
     rounds: list[NDArray[np.float64]] = []
-    # In a fixed order every tool would always find the caches as the same other tool left them.
+    # In a fixed order, every tool would always find the CPU caches as the same other tool left them.
     order = np.random.default_rng(0)
     gc.collect()
     gc.disable()
@@ -126,10 +126,10 @@ def measure_case(case: Case, seconds: float) -> Measured:
 
     Args:
         case: The model.
-        seconds: About how long to take for each of the two.
+        seconds: The approximate time for each of the two.
 
     Returns:
-        What was measured.
+        The times.
     """
     subject = Subject(case.make())
     nothing, everything = (time_tools(tools(subject, threshold), seconds) for threshold in (HUGE, TINY))
@@ -137,15 +137,15 @@ def measure_case(case: Case, seconds: float) -> Measured:
 
 
 def measure_growth(counts: Sequence[int], seconds: float, known: dict[int, Times]) -> Growth:
-    """Times the tools on more and more small layers, with nothing clipped.
+    """Times the tools on growing numbers of small layers, with nothing clipped.
 
     Args:
         counts: Numbers of layers.
-        seconds: About how long to take for each.
-        known: What was measured already.
+        seconds: The approximate time for each.
+        known: Times that were already measured.
 
     Returns:
-        What was measured. optax and smartclip are left out beyond `MANY` layers, unless it is known already.
+        The times. Beyond `MANY` layers, optax and smartclip are left out of all but `known` times.
     """
     times = {}
     for count in counts:

@@ -1,4 +1,4 @@
-"""The gradients that are timed: the shapes of real models, filled with numbers."""
+"""The gradients to time: the shapes of real models, filled with random numbers."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from torch import nn
 
 __all__ = ["Case", "Subject", "cases", "gpt2", "linears", "lstm", "resnet50"]
 
-# The shapes of a model: by layer, and in it by parameter type.
+# The shapes of a model, by layer and parameter type.
 Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]
 
 
@@ -17,12 +17,12 @@ def gpt2(*, width: int = 768, blocks: int = 12, words: int = 50_257, positions: 
 
     Args:
         width: The width of the residual stream.
-        blocks: How many blocks.
-        words: How many words.
-        positions: How many positions.
+        blocks: The number of blocks.
+        words: The size of the vocabulary.
+        positions: The context length.
 
     Returns:
-        A model that only owns parameters.
+        A model without a forward pass.
     """
     norm = {"weight": (width,), "bias": (width,)}
     shapes: dict[str, Mapping[str, tuple[int, ...]]] = {
@@ -30,7 +30,7 @@ def gpt2(*, width: int = 768, blocks: int = 12, words: int = 50_257, positions: 
         "wpe": {"weight": (positions, width)},
     }
     for block in range(blocks):
-        # The convolutions of width 1 that these are in the original keep their inputs first.
+        # In the original these are convolutions of width 1, whose weights have the inputs first.
         shapes |= {
             f"h{block}_ln_1": norm,
             f"h{block}_attn_c_attn": {"weight": (width, 3 * width), "bias": (3 * width,)},
@@ -47,11 +47,11 @@ def resnet50(*, width: int = 64, blocks: tuple[int, ...] = (3, 4, 6, 3), classes
 
     Args:
         width: The channels of the first stage.
-        blocks: How many bottlenecks each stage has.
-        classes: How many classes.
+        blocks: The number of bottleneck blocks in each stage.
+        classes: The number of classes.
 
     Returns:
-        A model that only owns parameters.
+        A model without a forward pass.
     """
     shapes: dict[str, Mapping[str, tuple[int, ...]]] = {}
 
@@ -78,11 +78,11 @@ def linears(count: int, width: int = 64) -> nn.Module:
     """Makes the parameters of many small linear layers.
 
     Args:
-        count: How many.
-        width: Their inputs and outputs.
+        count: The number of layers.
+        width: The size of their inputs and outputs.
 
     Returns:
-        A model that only owns parameters.
+        A model without a forward pass.
     """
     return _owning({f"linear{index}": {"weight": (width, width), "bias": (width,)} for index in range(count)})
 
@@ -91,7 +91,7 @@ def lstm(width: int = 1024) -> nn.Module:
     """Makes a stack of two LSTMs.
 
     Args:
-        width: Their inputs and outputs.
+        width: The size of their inputs and outputs.
 
     Returns:
         The model.
@@ -104,7 +104,7 @@ def _owning(shapes: Shapes) -> nn.Module:
     for layer, types in shapes.items():
         module = nn.Module()
         for name, shape in types.items():
-            # No tool reads a parameter, and what is not read takes no memory.
+            # No tool reads a parameter, and memory that is never touched is never allocated.
             module.register_parameter(name, nn.Parameter(torch.empty(shape)))
         model.add_module(layer, module)
     return model
@@ -115,7 +115,7 @@ class Case:
     """A model to time.
 
     Args:
-        name: What it is called.
+        name: Its name.
         make: Makes it.
     """
 
@@ -148,16 +148,16 @@ def cases(*, quick: bool) -> list[Case]:
 
 
 class Subject:
-    """A model with gradients, and the same numbers laid flat.
+    """A model with gradients, and the same values in one flat tensor.
 
     Args:
         model: The model, with float32 parameters.
 
     Attributes:
-        model: The model; every parameter has a gradient, each in memory of its own.
-        layers: The parameters of each layer, as a loop over layers would have them.
-        flat: The values of all gradients side by side, to read or write plainly.
-        views: The same values once more, never changed, in the shapes of the gradients.
+        model: The model; every parameter has a gradient, each in its own storage.
+        layers: The parameters of each layer, for a loop over layers.
+        flat: The values of all gradients in one tensor, for a plain read or write.
+        views: A copy of these values that is never changed, in the shapes of the gradients.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -173,18 +173,18 @@ class Subject:
             parameter.grad = view.clone()
 
     def refill(self) -> None:
-        """Writes all gradients anew, as backward does right before a step."""
+        """Rewrites all gradients, as the backward pass does right before a step."""
         for parameter, view in zip(self.parameters, self.views, strict=True):
             if parameter.grad is not None:
                 parameter.grad.copy_(view)
 
     def refill_flat(self) -> None:
-        """Writes the flat values anew."""
+        """Rewrites the flat values."""
         self.flat.copy_(self._saved)
 
     @property
     def size(self) -> str:
-        """How large the model is, in words."""
+        """The size of the model, in words."""
         megabytes = 4 * self.flat.numel() / 2**20
         counts = f"{len(self.parameters):,} tensors, {len(self.layers):,} layers, {self.flat.numel():,} parameters"
         return f"{counts}, {megabytes:,.1f} MiB"

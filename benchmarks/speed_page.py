@@ -1,4 +1,4 @@
-"""Lays out what was measured, as Markdown."""
+"""Formats the measurements as Markdown."""
 
 from collections.abc import Sequence
 
@@ -9,14 +9,14 @@ from speed_tools import FOREACH, LOOP, PER_LAYER, READ, WHOLE
 
 __all__ = ["page", "tables"]
 
-# What we aim at with nothing clipped: how many times as fast, per layer, as torch's loop and as its global clip, and
-# at most how many times as long as the floor.
+# Targets with nothing clipped: at least how many times as fast as torch's loop and its global clip, clipping per layer,
+# and at most how many times as long as the floor.
 _AIMS: dict[str, dict[str, float]] = {
     "GPT-2 124M": {LOOP: 2, WHOLE: 2, READ: 1.3},
     "ResNet-50": {LOOP: 3, WHOLE: 2, READ: 1.5},
     "1000 x Linear(64, 64)": {LOOP: 48, WHOLE: 12},
 }
-# The same for sharded models of so many layers, and the seconds that a first call may take.
+# The same for sharded models with this many layers, and the limit of a first call in seconds.
 _SHARDED_LAYERS, _SHARDED_AIMS, _FIRST_SECONDS = 100, {LOOP: 15, WHOLE: 1}, 1.0
 _KEPT = "yes"
 _MISSED = "**no**"
@@ -29,23 +29,23 @@ def tables(
     sharded: Sequence[Sharded],
     first_calls: Sequence[FirstCall],
 ) -> str:
-    """Lays everything out.
+    """Formats all measurements.
 
     Args:
-        measured: What was measured on each model.
-        growth: With growing numbers of layers.
-        shares: Of training steps.
-        sharded: On sharded models.
-        first_calls: On the first call there.
+        measured: The times on each model.
+        growth: The times with growing numbers of layers.
+        shares: The shares of training steps.
+        sharded: The times on sharded models.
+        first_calls: The times of the first call on a sharded model.
 
     Returns:
         Markdown sections.
     """
     sections = {
-        "What we aim at, and what was measured": _aims(measured, sharded, first_calls),
-        "Where tamegrad loses": _losses(measured, sharded),
+        "Targets and results": _aims(measured, sharded, first_calls),
+        "Where tamegrad is slower": _losses(measured, sharded),
         **{f"{case.name}: {case.size}": _case(case) for case in measured},
-        "More and more layers": _growth(growth),
+        "Growing numbers of layers": _growth(growth),
         "Share of a training step": _shares(shares),
         "Sharded models": _sharded(sharded, first_calls),
     }
@@ -81,14 +81,14 @@ def _beside(ratio: float) -> str:
 
 def _losses(measured: Sequence[Measured], sharded: Sequence[Sharded]) -> str:
     lines = [
-        f"- {case.name}, {what}: {tool.name} takes {ratio:.2f} of the time of {tool.rival}."
+        f"- {case.name}, {what}: {tool.name} takes {ratio:.2f}x the time of {tool.rival}."
         for case in measured
         for what, times, _ in case.both()
         for tool in times.tools
         if tool.rival is not None and (ratio := times.ratio(tool.name, tool.rival)) < 1
     ]
     lines += [
-        f"- {row.mesh}, {row.layers} layers: {row.tool} takes {row.ratio:.2f} of the time of {PER_LAYER}."
+        f"- {row.mesh}, {row.layers} layers: {row.tool} takes {row.ratio:.2f}x the time of {PER_LAYER}."
         for row in sharded
         if row.ratio < 1
     ]
@@ -120,7 +120,7 @@ def _aims(measured: Sequence[Measured], sharded: Sequence[Sharded], first_calls:
             said = f"the first call takes less than {_FIRST_SECONDS:g} s"
             in_time = _said(kept=call.seconds < _FIRST_SECONDS)
             rows.append([f"{call.tensors:,} sharded tensors", said, f"{call.seconds:.2f} s", "", in_time])
-    return _table(["model", f"what we aim at for {PER_LAYER}", "measured", "in the fastest rounds", "kept"], rows)
+    return _table(["model", f"target for {PER_LAYER}", "measured", "in the fastest rounds", "met"], rows)
 
 
 def _times(ratio: float) -> str:
@@ -172,9 +172,8 @@ def _sharded(sharded: Sequence[Sharded], first_calls: Sequence[FirstCall]) -> st
 
 
 _SHARDED = """\
-Layers of Linear(64, 64) over {processes} processes of one machine, nothing clipped. On the 1-D mesh every tensor is
-sharded as FSDP2 does it, on the 2-D mesh as with tensor parallelism on top, where each bias is copied along one of the
-dimensions.
+Layers of Linear(64, 64) over {processes} processes on one machine, nothing clipped. On the 1-D mesh every tensor is
+sharded as in FSDP2; the 2-D mesh adds tensor parallelism, with each bias replicated along one of the dimensions.
 
 {table}
 
@@ -182,13 +181,13 @@ dimensions.
 
 
 def page(text: str, made: str, missing: Sequence[str], pictures: Sequence[tuple[str, str]]) -> str:
-    """Writes the page of the documentation.
+    """Formats the documentation page.
 
     Args:
         text: The tables.
-        made: Where, when and with what was measured.
-        missing: What was left out, one line each.
-        pictures: The file name of each picture, and what it shows.
+        made: When, on what machine and with which versions the benchmark ran.
+        missing: The libraries that were left out, one line each.
+        pictures: The file name and the description of each picture.
 
     Returns:
         Markdown.
@@ -200,62 +199,61 @@ def page(text: str, made: str, missing: Sequence[str], pictures: Sequence[tuple[
 _PAGE = """\
 # Speed
 
-How long clipping takes on the CPU: tamegrad, torch, optax and smartclip side by side, on the shapes of real models,
-and the floor under all of them, which is reading every gradient once and, where something is clipped, reading and
-writing it once more.
+How long clipping takes on the CPU: tamegrad, torch, optax and smartclip side by side, on the shapes of real models. The
+floor is what none of them can avoid: reading every gradient once and, if something is clipped, reading and writing it
+once more.
 
-Made by `make bench` on {made}.
+Generated by `make bench` on {made}.
 {missing}
-Read the ratios, which compare what ran in the same minutes, and not the milliseconds: they are of this machine, and of
-what else ran on it. A load average above the number of cores means that something did; torch's threads, which wait for
-each other in every operation, then lose more than their share, and the ratios flatter tamegrad.
+Read the ratios, which compare runs from the same minutes, not the milliseconds, which depend on this machine and its
+load. A load average above the number of cores means that something else was running; torch's threads, which synchronize
+in every operation, then lose more than their share, and the ratios flatter tamegrad.
 
 {pictures}
 
 {text}
 
-## What stands in the way
+## What limits the speed
 
-- Of 1,000 small layers every gradient is an object of Python that has to be found in memory, through three pointers, by
-  the one thread that may; the other measures meanwhile what was found, as fast as one core can read. What comes before
-  and after is code that runs once a step with cold caches.
-- After a backward pass whatever first asks for a gradient, clipping or the optimizer, has PyTorch make an object of
-  Python for it. The gradients timed here have theirs already, for every tool; those in "Share of a training step" have
+- With 1,000 small layers, one thread has to ask 2,000 gradients for their addresses, sizes and dtypes, at about a
+  hundred microseconds a question, before it can measure any. The rest is code that runs once a step with cold caches.
+- After a backward pass, the first access to a gradient, by clipping or the optimizer, makes PyTorch create a Python
+  object for it. The gradients timed here already have theirs, for every tool; those in "Share of a training step" do
   not.
-- `ClipValue` has to know that every value is finite before it changes one, so it reads before it writes.
-  `clip_grad_value_` writes at once, whatever it finds, and where everything is cut it comes out ahead in some runs.
-- The first call loads Numba; what it does for the model itself is in the line "Numba loaded before".
+- `ClipValue` must know that every value is finite before it changes any, so it reads before it writes.
+  `clip_grad_value_` writes at once, whatever the values, and is faster in some runs in which everything is clipped.
+- The first call loads Numba; the row "Numba loaded before" shows the rest of its time.
 
 ## What was not measured
 
-GPUs: none was at hand. `backend="gpu"` makes four launches a step in Triton's interpreter and compiles for sm_80, sm_90
-and gfx942; how long it takes, and whether a CUDA graph captures it, nobody has seen yet.
+GPUs: none was available. `backend="gpu"` takes four launches a step in Triton's interpreter and compiles for sm_80,
+sm_90 and gfx942; its speed, and whether a CUDA graph can capture it, are not known yet.
 
 ## How it was measured
 
-- The tools take turns on the same gradients, in every round in another order, so that none always comes after the same
-  other; the times are medians of all rounds, the ratios medians of the ratios within each round. Before each turn, out
-  of time, the gradients are written anew, as backward does right before a step, so that no tool finds what another has
-  left in the cache. One run of each before does not count.
-- **x floor** is how many times as long as the floor a tool takes; with nothing clipped that is one read (`sum` of the
-  values laid flat), with everything clipped a read, then a read and write (`mul_`). **x tamegrad** is how many times as
-  long a tool takes as what tamegrad does that means the same; under 1, in bold, tamegrad loses.
-- **in the fastest rounds** compares the fastest round of each tool, which a busy machine disturbs least. Whether an aim
-  is kept is said by the median.
-- Clipping nothing takes a threshold of 1e9, clipping everything one of 1e-6; the gradients are float32, normally
-  distributed with a standard deviation of 0.01. Collecting the gradients is part of the time, for every tool.
-- tamegrad is called as `GradientNormalizer(model, strategy).normalize_()`, made once. Each tensor of its report is made
-  when it is first read; the line "report read" reads the norms and the total norm in every step.
-- optax runs under `jax.jit`, compiled before, and may write its result over its input. Inside a jitted training step
-  it would be fused with what is around it, which this does not show.
-- smartclip's thresholds follow the norms it saw; it was first shown one norm far below or above all others. It looks
-  up the layer of every parameter anew in every step. A tool that takes over a second is timed in one round alone.
+- The tools take turns on the same gradients, in a different order each round, so that none always follows the same
+  other one. Times are medians over all rounds, ratios medians of the ratios within each round. Before each turn,
+  outside the timing, the gradients are rewritten, as the backward pass does right before a step, so that no tool
+  benefits from what another left in the CPU cache. Each tool first has one warm-up run.
+- **x floor** is a tool's time divided by the floor's: with nothing clipped one read (`sum` of the flat values), with
+  everything clipped a read, then a read and write (`mul_`). **x tamegrad** is a tool's time divided by that of its
+  equivalent in tamegrad; below 1, in bold, tamegrad is slower.
+- **in the fastest rounds** compares the fastest round of each tool, which a busy machine affects least. The median
+  decides whether a target is met.
+- The threshold is 1e9 to clip nothing and 1e-6 to clip everything; the gradients are float32, normally distributed with
+  a standard deviation of 0.01. Collecting the gradients is part of the time, for every tool.
+- tamegrad is called as `GradientNormalizer(model, strategy).normalize_()`, with the normalizer made once. The row
+  "report read" also reads the norms and the total norm in every step.
+- optax runs under `jax.jit`, already compiled, and with its input donated. Inside a jitted training step it would be
+  fused with the operations around it, which this does not show.
+- smartclip's thresholds follow the norms it has seen; it was first shown one norm far below or above all others. It
+  looks up the layer of every parameter again in every step. A tool that takes over a second is timed in one round only.
 - With 10,000 layers optax and smartclip are left out: compiling takes minutes, and a step minutes.
-- The processes of sharded models have one thread each and talk over gloo on loopback, which is slower and starts
-  slower than a cluster's network, and the cores are fewer than the processes. What the first process takes is shown.
-  The first call is in new processes, one a core, with everything that is imported or read from the disk then; for
-  tamegrad making the normalizer counts, and its loops were compiled before. Most of it is loading Numba, which takes
-  longer where SciPy is installed, as it is here for jax.
-- The training steps are forward, backward, clipping and AdamW, with `zero_grad` before, so that every gradient is a new
-  tensor in every step. The tools take turns here too.
+- Sharded models run in processes with one thread each, over gloo on loopback, which has less bandwidth and more
+  latency than a cluster's network; there are more processes than cores. The times are those of the first process. The
+  first call runs in new processes, one per core, and includes everything that is imported or read from disk; for
+  tamegrad it includes making the normalizer, but its loops were compiled before. Most of it is loading Numba, which
+  takes longer if SciPy is installed, as it is here for jax.
+- A training step is `zero_grad`, forward, backward, clipping and AdamW, so that every gradient is a new tensor in every
+  step. The tools take turns here too.
 """

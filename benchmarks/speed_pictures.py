@@ -1,12 +1,12 @@
-"""Draws what was measured."""
+"""Draws the measurements."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl  # type: ignore[import-not-found, unused-ignore]  # not where types are checked
-from matplotlib.axes import Axes  # type: ignore[import-not-found, unused-ignore]  # not where types are checked
-from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]  # not where types are checked
+import matplotlib as mpl  # type: ignore[import-not-found, unused-ignore]  # not installed for type checks
+from matplotlib.axes import Axes  # type: ignore[import-not-found, unused-ignore]  # not installed for type checks
+from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]  # not installed for type checks
 from speed_measure import Growth, Measured, Times
 from speed_sharded import MESHES, Sharded
 from speed_tools import WRITE
@@ -14,7 +14,7 @@ from speed_tools import WRITE
 __all__ = ["draw"]
 
 _OURS, _THEIRS, _FLOOR = "#0b6e4f", "#9aa5b1", "#c0392b"
-# The page of a picture stays white, so that it can be read whether what is around it is light or dark.
+# A white background keeps the pictures readable on light and dark pages.
 _STYLE: Any = {
     "figure.facecolor": "white",
     "font.size": 9,
@@ -30,13 +30,13 @@ def draw(
     """Draws the pictures as SVG.
 
     Args:
-        folder: Where to; it is made if it is not there.
-        measured: What was measured on each model.
-        growth: What was measured with growing numbers of layers.
-        sharded: What was measured on sharded models.
+        folder: The folder to write to, created if missing.
+        measured: The times on each model.
+        growth: The times with growing numbers of layers.
+        sharded: The times on sharded models.
 
     Returns:
-        The file name of each picture, and what it shows.
+        The file name and the description of each picture.
     """
     folder.mkdir(parents=True, exist_ok=True)
     pictures: list[tuple[str, str]] = []
@@ -47,14 +47,14 @@ def draw(
                 _, times, floor = case.both()[index]
                 _bars(axes, case.name, times, floor)
             figure.suptitle(f"Time as a multiple of the floor (red line), {what}; shorter is faster")
-            pictures.append(_save(figure, folder, f"speed-{what.replace(' ', '-')}.svg", f"Ratios, {what}"))
+            pictures.append(_save(figure, folder, f"speed-{what.replace(' ', '-')}.svg", f"Relative time, {what}"))
         figure = Figure(figsize=(8, 5), layout="constrained")
         _lines(figure.subplots(), growth)
-        pictures.append(_save(figure, folder, "speed-growth.svg", "Time and the number of layers"))
+        pictures.append(_save(figure, folder, "speed-growth.svg", "Time by number of layers"))
         figure = Figure(figsize=(11, 3.6), layout="constrained")
         for axes, mesh in zip(figure.subplots(1, len(MESHES), sharey=True), MESHES, strict=True):
             _sharded_lines(axes, mesh, [row for row in sharded if row.mesh == mesh])
-        pictures.append(_save(figure, folder, "speed-sharded.svg", "Time and the number of layers of a sharded model"))
+        pictures.append(_save(figure, folder, "speed-sharded.svg", "Time by number of layers, sharded models"))
     return pictures
 
 
@@ -72,7 +72,7 @@ def _bars(axes: Axes, name: str, times: Times, floor: str) -> None:
     axes.bar_label(bars, [f"{ratio:.1f}" for ratio in ratios], padding=3)
     axes.set_xscale("log")
     axes.set_xlim(min(*ratios, 1.0) / 3, max(*ratios, 1.0) * 3)
-    # Every bar says its number; marks on a logarithmic axis would only crowd it.
+    # Every bar is labelled with its value; ticks on a logarithmic axis would only add clutter.
     axes.tick_params(axis="x", which="both", bottom=False, labelbottom=False)
     axes.axvline(1.0, color=_FLOOR)
     axes.invert_yaxis()
@@ -99,7 +99,7 @@ def _sharded_lines(axes: Axes, mesh: str, rows: Sequence[Sharded]) -> None:
     axes.set_xticks(layers, map(str, layers))
     axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
     axes.set_title(mesh)
-    axes.set_xlabel("layers; the numbers count collectives")
+    axes.set_xlabel("layers; the labels count collectives")
     axes.set_ylabel("milliseconds, nothing clipped")
     axes.legend(fontsize=7)
 
@@ -107,7 +107,7 @@ def _sharded_lines(axes: Axes, mesh: str, rows: Sequence[Sharded]) -> None:
 def _lines(axes: Axes, growth: Growth) -> None:
     names = dict.fromkeys(tool.name for times in growth.times.values() for tool in times.tools)
     colours = mpl.color_sequences["tab20"]
-    # First the strong ones, then the light ones: one each.
+    # First the strong colours, then the light ones, so that no two tools share one.
     axes.set_prop_cycle(color=[*colours[::2], *colours[1::2]])
     for name in names:
         points = [(count, 1e3 * times.median(name)) for count, times in growth.times.items() if name in times]

@@ -1,4 +1,4 @@
-"""Times and counts collectives on models that are sharded over processes, which talk over gloo on one machine."""
+"""Times clipping and counts its collectives on models sharded over processes, over gloo on one machine."""
 
 import json
 import logging
@@ -28,29 +28,29 @@ from tamegrad.torch import GradientNormalizer
 __all__ = ["LOADED", "MESHES", "FirstCall", "Sharded", "measure_first_calls", "measure_sharded"]
 
 WIDTH = 64
-# Rounds for the fewest layers; with more layers there are fewer, as long as there are three.
+# Rounds for the fewest layers; with more layers there are fewer, but at least three.
 ROUNDS = 20
-# The first call is timed with one process a core of a small machine, since it is work and no waiting.
+# The first call keeps a core busy, so there is one process per core of a small machine.
 PROCESSES, FIRST_PROCESSES = 4, 2
-# What all processes of one measurement may take together.
+# The time limit for all processes of one measurement.
 TIMEOUT_SECONDS = 600
-# How each kind shards a layer's weight and bias; a layer with a normalization has two parameters more, which are plain.
+# The mesh dimensions that weights and biases are sharded over; LayerNorms add two plain parameters a layer.
 MESHES = {"1-D mesh": 1, "2-D mesh": 2, "2-D mesh, plain LayerNorms": 2}
 
 
 @dataclass(frozen=True)
 class Sharded:
-    """What one tool took on one model.
+    """The results of one tool on one model.
 
     Args:
-        mesh: What the model is sharded over, one of `MESHES`.
-        layers: How many linear layers it has.
-        tool: What clips.
-        collectives: How many collectives a step takes.
-        seconds: The median time, on the first process; NaN if the tool does not work there.
-        ratio: The median of how many times as long it takes as tamegrad in the same round.
-        fastest: The same of the fastest round of each.
-        problem: What the tool raised, if it does not work there.
+        mesh: The mesh that the model is sharded over, one of `MESHES`.
+        layers: The number of linear layers.
+        tool: The tool.
+        collectives: The number of collectives in a step.
+        seconds: The median time on the first process; NaN if the tool does not work there.
+        ratio: The median of its time divided by tamegrad's in the same round.
+        fastest: The same ratio between the fastest round of each.
+        problem: The error that the tool raises, if it does not work there.
     """
 
     mesh: str
@@ -65,12 +65,12 @@ class Sharded:
 
 @dataclass(frozen=True)
 class FirstCall:
-    """How long a tool takes when it is called for the first time in a process, on the first process.
+    """The time of a tool's first call in a process, on the first process.
 
     Args:
-        tensors: How many sharded tensors there are.
-        tool: What clips; for tamegrad making the normalizer counts.
-        seconds: How long.
+        tensors: The number of sharded tensors.
+        tool: The tool; for tamegrad, the time includes making the normalizer.
+        seconds: The time.
     """
 
     tensors: int
@@ -78,21 +78,21 @@ class FirstCall:
     seconds: float
 
 
-# The first call again, where Numba and the compiled loops were loaded for another model before.
+# The first call, after Numba and the compiled loops were loaded for another model.
 LOADED = f"{PER_LAYER}, Numba loaded before"
-# What PyTorch does beside a functional collective: waiting for it, and wrapping its result.
+# Operations that are no collectives: PyTorch waits for a functional collective, and wraps its result.
 _NO_COLLECTIVES = {"wait_tensor", "_wrap_tensor_autograd"}
 
 
-class _Collectives(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch has no type there
-    """Counts the collectives that are started."""
+class _Collectives(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in PyTorch
+    """Counts the collectives that start."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
-        # What a DTensor does inside of an operation is seen if it is asked to do it first.
+        # DTensor dispatches first; the collectives inside its operation then come through here.
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented
         if func.namespace in {"c10d", "_c10d_functional"} and func._opname not in _NO_COLLECTIVES:  # noqa: SLF001
@@ -101,26 +101,26 @@ class _Collectives(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTor
 
 
 def measure_sharded(*, quick: bool) -> list[Sharded]:
-    """Times and counts on every mesh with more and more layers, with nothing clipped.
+    """Times the tools and counts their collectives on every mesh and growing numbers of layers, with nothing clipped.
 
     Args:
-        quick: Whether to take tiny models and one round.
+        quick: Whether to use tiny models and one round.
 
     Returns:
-        What was measured.
+        The results.
     """
     counts, rounds = ((1, 2), 1) if quick else ((24, 100, 400), ROUNDS)
     return [Sharded(**row) for row in _run_on_processes(PROCESSES, _time_everything, counts, rounds)]
 
 
 def measure_first_calls(*, quick: bool) -> list[FirstCall]:
-    """Times the first call on many sharded tensors, for each tool in processes of its own.
+    """Times the first call on many sharded tensors, in new processes for each tool.
 
     Args:
-        quick: Whether to take a few.
+        quick: Whether to use only a few tensors.
 
     Returns:
-        What was measured.
+        The times.
     """
     layers = 2 if quick else 1000
     return [
@@ -129,8 +129,8 @@ def measure_first_calls(*, quick: bool) -> list[FirstCall]:
     ]
 
 
-def _run_on_processes(count: int, function: Callable[..., Any], *args: object) -> Any:  # noqa: ANN401  what JSON can hold
-    """Runs a function in several processes at once, and returns what it returned in the first."""
+def _run_on_processes(count: int, function: Callable[..., Any], *args: object) -> Any:  # noqa: ANN401  any JSON value
+    """Runs a function in several processes at once, and returns the result of the first."""
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         processes = [
@@ -144,7 +144,7 @@ def _run_on_processes(count: int, function: Callable[..., Any], *args: object) -
             for process in processes:
                 process.join(max(0.0, deadline - time.monotonic()))
                 if process.exitcode != 0:
-                    sys.exit(f"a process that was to time {args} ended with {process.exitcode}")
+                    sys.exit(f"a process that timed {args} exited with code {process.exitcode}")
             return json.loads((Path(folder) / "result").read_text(encoding="utf-8"))
         finally:
             for process in processes:
@@ -153,7 +153,7 @@ def _run_on_processes(count: int, function: Callable[..., Any], *args: object) -
 
 
 def _run(function: Callable[..., Any], args: tuple[object, ...], folder: Path, rank: int, count: int) -> None:
-    # PyTorch says of each tensor that one collective would do for two dimensions.
+    # PyTorch warns for each tensor that one collective could serve two mesh dimensions.
     logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     store, timeout = f"file://{folder}/store", timedelta(seconds=60)
@@ -215,7 +215,7 @@ def _tools(model: nn.Module) -> dict[str, Callable[[], object]]:
 
 
 def _problem(tool: Callable[[], object]) -> str:
-    """Calls a tool for the first time; returns what it raised, which is the same on every process."""
+    """Calls a tool for the first time; returns the name of the error it raises, if any, the same on every process."""
     try:
         tool()
     except RuntimeError as error:
@@ -237,7 +237,7 @@ def _time(tool: Callable[[], object]) -> float:
 
 
 def _model(mesh: str, layers: int) -> nn.Module:
-    """Makes linear layers with gradients, sharded as FSDP2 does it on one dimension, with tensor parallelism on two."""
+    """Makes linear layers with gradients, sharded as in FSDP2 on a 1-D mesh, plus tensor parallelism on a 2-D one."""
     processes = dist.get_world_size()
     whole = init_device_mesh("cpu", (processes,) if MESHES[mesh] == 1 else (2, processes // 2))
     rows: list[Placement] = [Shard(0)] if whole.ndim == 1 else [Shard(0), Shard(1)]

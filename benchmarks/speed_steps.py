@@ -1,4 +1,4 @@
-"""The share of a real training step, forward, backward and AdamW included, that clipping takes."""
+"""The share of a real training step, including forward, backward and AdamW, that clipping takes."""
 
 import time
 from collections.abc import Callable
@@ -18,11 +18,11 @@ __all__ = ["Share", "measure_shares"]
 
 @dataclass(frozen=True)
 class Share:
-    """What clipping takes of the steps of one model.
+    """The share of clipping in the steps of one model.
 
     Args:
-        model: What is trained.
-        tool: What clips.
+        model: The model that is trained.
+        tool: The tool that clips.
         clips: Whether everything is clipped in every step, or nothing.
         seconds: The median time of clipping.
         share: The median share of the step.
@@ -61,10 +61,10 @@ class _Recurrent(nn.Module):
 
 
 def measure_shares(*, quick: bool) -> list[Share]:
-    """Trains a small transformer and an LSTM for some steps, clipping by turns with each tool.
+    """Trains a small transformer and an LSTM for some steps; the tools take turns to clip.
 
     Args:
-        quick: Whether to make them tiny, and take one round.
+        quick: Whether to use tiny models and one round.
 
     Returns:
         The shares.
@@ -111,7 +111,7 @@ def _clippers(model: nn.Module, threshold: float) -> dict[str, Callable[[], obje
 def _step(
     model: nn.Module, batch: Tensor, optimizer: torch.optim.Optimizer, clip: Callable[[], object]
 ) -> tuple[float, float]:
-    """Does one training step, and returns the seconds of clipping and of the whole."""
+    """Takes one training step; returns the seconds of clipping and of the whole step."""
     start = time.perf_counter()
     optimizer.zero_grad()
     model(batch).backward()

@@ -1,4 +1,4 @@
-"""What is timed: tamegrad, the clipping of other libraries, and the floor under all of them."""
+"""The tools to time: tamegrad, the clipping of other libraries, and the floor that none of them can beat."""
 
 import importlib.util
 from collections.abc import Callable, Iterable
@@ -27,7 +27,7 @@ __all__ = [
     "versions",
 ]
 
-# A norm and a value that no gradient passes, and that every one does.
+# Thresholds on norms and on values: above every gradient, and below every gradient.
 HUGE, TINY = 1e9, 1e-6
 
 PER_LAYER, REPORTED, PER_TYPE, GLOBAL, PER_VALUE = (
@@ -49,13 +49,13 @@ _EXTRAS = ("optax", "jax", "smartclip")
 
 @dataclass(frozen=True)
 class Tool:
-    """Something that is timed.
+    """A tool to time.
 
     Args:
-        name: What it is called.
-        run: What is timed.
-        refill: What is done before, out of time, so that what `run` works on was just written.
-        rival: The name of what tamegrad does that means the same; None for tamegrad itself and the floor.
+        name: Its name.
+        run: The timed call.
+        refill: Called before `run`, outside the timing, to rewrite the data that `run` works on.
+        rival: The name of its equivalent in tamegrad; None for tamegrad itself and the floor.
     """
 
     name: str
@@ -70,13 +70,13 @@ def left_out() -> list[str]:
 
 
 def versions() -> str:
-    """Returns what is compared, as a reader would install it."""
+    """Returns the versions of everything compared, by distribution name."""
     names = ["tamegrad", "torch", "numpy", "numba", *_EXTRAS]
     return ", ".join(f"{name} {version(name)}" for name in names if importlib.util.find_spec(name) is not None)
 
 
 def tools(subject: Subject, threshold: float, *, without: Iterable[str] = ()) -> list[Tool]:
-    """Lists what is timed on a model.
+    """Lists the tools to time on a model.
 
     Args:
         subject: The model with its gradients.
@@ -136,10 +136,10 @@ def _torch(subject: Subject, threshold: float) -> list[Tool]:
 
 
 class _Jitted:
-    """optax under jit. It may write its result over its input, as in a compiled training step.
+    """optax under jit, with its input donated, as in a compiled training step.
 
     Args:
-        subject: Whose gradients it gets, as arrays of its own.
+        subject: The model whose gradients it copies.
     """
 
     def __init__(self, subject: Subject) -> None:
@@ -152,7 +152,7 @@ class _Jitted:
 
         self._wait: Callable[[Any], Any] = jax.block_until_ready
         self._copy: Callable[[Any], Any] = jax.jit(lambda tree: jax.tree.map(jax.numpy.copy, tree))
-        # The threshold is an argument, so that compiling once will do.
+        # The threshold is an argument, so that it compiles only once.
         self._clip: Callable[[Any, float], Any] = jax.jit(clip, donate_argnums=0)
         self._saved = [jax.numpy.array(view.numpy()) for view in subject.views]
         self._fresh = self._saved
@@ -164,7 +164,7 @@ class _Jitted:
         return self._wait(self._clip(self._fresh, threshold))
 
 
-# What was compiled last, for compiling takes longer than all timing.
+# The last one compiled: compiling takes longer than all timing.
 _compiled: dict[Subject, _Jitted] = {}
 
 
@@ -179,7 +179,7 @@ def _optax(subject: Subject, threshold: float) -> Tool:
 def _smartclip(subject: Subject, threshold: float) -> Tool:
     import smartclip  # type: ignore[import-not-found, unused-ignore]  # noqa: PLC0415  may be missing
 
-    # Its thresholds follow the norms it saw. A first norm far off, and a slow average, keep them where they are wanted.
+    # Its thresholds follow the norms it has seen. An extreme first norm and a slow average keep them there.
     clipper = smartclip.AutoClip(
         mode="percentile", percentile=50.0, ema_decay=0.999, scope="per_layer", warmup_steps=0, min_history=0
     )

@@ -1,11 +1,13 @@
-"""Triton's interpreter, and profiles of the property tests.
+"""Sets up one thread a test, Triton's interpreter, and the profiles of the property tests.
 
-The profiles give the same examples at every run, a few hundred or, for `make test-long`, many more.
+The profiles draw the same examples in every run: a few hundred or, for `make test-long`, many more.
 """
 
 import os
 
-# Triton asks for this when a kernel is defined, so it stands before any test can import one. Nothing else here uses
+# Small tensors on several threads take longer, and cost all cores; what tests threads sets their number itself.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Triton reads this when a kernel is defined, so it is set before any test can import one. Nothing else here uses
 # Triton. On a machine with a GPU, TRITON_INTERPRET=0 compiles the kernels instead.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 

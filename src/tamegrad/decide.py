@@ -23,20 +23,22 @@ from tamegrad.errors import SettingError
 from tamegrad.groups import Group
 from tamegrad.strategies import OnNonfinite, Strategy
 
-__all__ = ["AFTER", "BEFORE", "COLUMNS", "CUT", "NONFINITE", "Decision", "Rules", "decide", "norm_of"]
+__all__ = ["AFTER", "BEFORE", "COLUMNS", "CUT", "NONFINITE", "Decision", "Rules", "decide"]
 
 # Columns of the table: sums of squares before (small, middle, big), counts of NaN, +inf and -inf, and for groups with a
 # limit on elements the sums of squares after (small, middle, big) and how many values, or blocks of them, are cut.
 BEFORE, NONFINITE, AFTER, CUT = slice(0, 3), slice(3, 6), slice(6, 9), 9
 COLUMNS = 10
+# The columns that are zero where a group is finite and no element of it is cut.
+CHANGES = [3, 4, 5, 9]
 
 SMALL_BELOW, BIG_ABOVE = 2.0**-511, 2.0**486
 # What values are multiplied by before they are squared.
 SMALL_EXPONENT, BIG_EXPONENT = 537, -538
 SMALL_FACTOR, BIG_FACTOR = 2.0**SMALL_EXPONENT, 2.0**BIG_EXPONENT
 SMALLEST_NORMAL = 2.0**-1022
-# The largest power of two that a float64 holds.
-LARGEST_EXPONENT = 1023
+# The powers of two that a float64 holds.
+SMALLEST_EXPONENT, LARGEST_EXPONENT = -1074, 1023
 
 ArrayT = TypeVar("ArrayT")
 
@@ -111,7 +113,8 @@ class Decision(Generic[ArrayT]):
 
     A gradient `g` of the group becomes `g·first·second`, then at most `limit` in magnitude, or 0 where `zeroed`. There
     are two factors because one float64 cannot hold the scale of every float64 group; elsewhere the first is 1. `limits`
-    is None if no strategy limits elements, `zeroed` unless `on_nonfinite="zero"`.
+    is None if no strategy limits elements, `zeroed` unless `on_nonfinite="zero"`, and the factors if the host knows
+    that no group changes.
     """
 
     norms: ArrayT
@@ -120,8 +123,8 @@ class Decision(Generic[ArrayT]):
     clipped: ArrayT
     nonfinite: ArrayT
     total_norm: ArrayT
-    first: ArrayT
-    second: ArrayT
+    first: ArrayT | None
+    second: ArrayT | None
     limits: ArrayT | None
     zeroed: ArrayT | None
 
@@ -134,6 +137,8 @@ class Decision(Generic[ArrayT]):
     def changed(self) -> Any:  # noqa: ANN401  an array of the same framework
         """Whether a group's values change at all; `(G,)` bool."""
         decision: Any = self
+        if decision.first is None:
+            return decision.clipped & False
         changed = (decision.first != 1) | (decision.second != 1)
         if decision.limits is not None:
             changed = changed | (decision.limits < math.inf)
@@ -177,22 +182,23 @@ def decide(
         (array([5.]), array([0.2]))
     """
     with np.errstate(all="ignore"):
-        root, exponent = _norm(xp, table[:, BEFORE])
-        total_root, total_exponent = _norm(xp, (table.sum(0) if total is None else total)[None, BEFORE])
+        sums = table.sum(0)
+        # The last row is of everything.
+        squares = xp.concatenate([table[:, BEFORE], (sums if total is None else total)[None, BEFORE]])
+        root, exponent = _norm(xp, squares)
         if loss_scale is not None:
-            root, total_root = root / loss_scale, total_root / loss_scale
-        norms, total_norm = _ldexp(xp, root, exponent), _ldexp(xp, total_root, total_exponent)[0]
-        nonfinite = table[:, NONFINITE].sum(1)
-        finite = nonfinite == 0
+            root = root / loss_scale
+        all_norms = _ldexp(xp, root, exponent)
+        norms, total_norm, root, exponent = all_norms[:-1], all_norms[-1], root[:-1], exponent[:-1]
         targets = rules.targets(norms, xp)
-        wanted = finite & (root > 0) & (targets != norms)
-        cut = finite & (table[:, CUT] > 0) if rules.has_limits else None
-        nonfinite = xp.asarray(nonfinite, dtype=xp.int64)
-        if xp is np and not (wanted.any() or (cut is not None and cut.any()) or not finite.all()):
+        if xp is np and not sums[CHANGES].any() and not ((targets != norms) & (root > 0)).any():
             # The usual case, which only the host can afford to look for.
-            one = np.ones(len(norms))
-            return Decision(norms, one, norms, wanted, nonfinite, total_norm, one, one, None, None)
+            one, none = np.ones(len(norms)), np.zeros(len(norms), dtype=np.int64)
+            return Decision(norms, one, norms, none.astype(np.bool_), none, total_norm, None, None, None, None)
 
+        nonfinite = xp.asarray(table[:, NONFINITE].sum(1), dtype=xp.int64)
+        finite = nonfinite == 0
+        wanted = finite & (root > 0) & (targets != norms)
         usable = (targets >= 0) & (targets < math.inf)
         if xp is np:
             _refuse_unusable(rules, norms, targets, wanted & ~usable)
@@ -201,7 +207,8 @@ def decide(
         first, second, scale = _factors(xp, norms_after, root, exponent, rescaled)
         scales, clipped = xp.where(wanted & ~usable, math.nan, scale), rescaled & (targets < norms)
         limits, zeroed = None, None
-        if cut is not None:
+        if rules.has_limits:
+            cut = finite & (table[:, CUT] > 0)
             root_after, exponent_after = _norm(xp, table[:, AFTER])
             if loss_scale is not None:
                 root_after = root_after / loss_scale
@@ -213,12 +220,6 @@ def decide(
             zeroed = ~finite
             norms_after, scales = xp.where(zeroed, 0.0, norms_after), xp.where(zeroed, 0.0, scales)
         return Decision(norms, scales, norms_after, clipped, nonfinite, total_norm, first, second, limits, zeroed)
-
-
-def norm_of(sums: Any, xp: ModuleType) -> Any:  # noqa: ANN401  arrays of NumPy, PyTorch or JAX
-    """Returns the norm that `(COLUMNS,)` sums stand for, before anything is changed; 0-dim."""
-    root, exponent = _norm(xp, sums[None, BEFORE])
-    return _ldexp(xp, root, exponent)[0]
 
 
 def _factors(xp: ModuleType, targets: Any, root: Any, exponent: Any, rescaled: Any) -> tuple[Any, Any, Any]:  # noqa: ANN401
@@ -234,9 +235,9 @@ def _factors(xp: ModuleType, targets: Any, root: Any, exponent: Any, rescaled: A
     power = xp.where(rescaled, power - root_power - exponent, xp.zeros_like(power))
     scale = _ldexp(xp, ratio, power)
     fits = (scale >= SMALLEST_NORMAL) & (scale < math.inf)
-    half = xp.clip(power // 2, -LARGEST_EXPONENT, LARGEST_EXPONENT)
+    half = xp.clip(power // 2, SMALLEST_EXPONENT, LARGEST_EXPONENT)
     first = xp.where(fits, one, _ldexp(xp, one, half))
-    second = xp.where(fits, scale, _ldexp(xp, ratio, xp.clip(power - half, -LARGEST_EXPONENT, LARGEST_EXPONENT)))
+    second = xp.where(fits, scale, _ldexp(xp, ratio, xp.clip(power - half, SMALLEST_EXPONENT, LARGEST_EXPONENT)))
     return first, second, scale
 
 
@@ -257,10 +258,10 @@ def _power_of_two(xp: ModuleType, exponent: Any) -> Any:  # noqa: ANN401  an int
     return first * second
 
 
-def _norm(xp: ModuleType, sums: Any) -> tuple[Any, Any]:  # noqa: ANN401  arrays of NumPy, PyTorch or JAX
+def _norm(xp: ModuleType, squares: Any) -> tuple[Any, Any]:  # noqa: ANN401  arrays of NumPy, PyTorch or JAX
     """Combines the three ranges of `(G, 3)` sums of squares to norms `root·2^exponent`."""
-    small, middle, big = sums[:, 0], sums[:, 1], sums[:, 2]
-    if xp is np and not (small.any() or big.any()):
+    small, middle, big = squares[:, 0], squares[:, 1], squares[:, 2]
+    if xp is np and not squares[:, ::2].any():
         # The usual case, which only the host can afford to look for.
         return xp.sqrt(middle), xp.zeros(middle.shape, dtype=xp.int64)
     is_big, is_small = big > 0, (big == 0) & (middle == 0)
@@ -275,7 +276,7 @@ def _norm(xp: ModuleType, sums: Any) -> tuple[Any, Any]:  # noqa: ANN401  arrays
 
 def _floats(strategy: Strategy) -> dict[str, Any]:
     """Returns the fields of a strategy that are floats, or arrays of them."""
-    fields = dataclasses.fields(strategy)  # type: ignore[arg-type]  # `as_strategy` refuses what is no dataclass
+    fields = dataclasses.fields(strategy)
     values = {field.name: getattr(strategy, field.name) for field in fields}
     return {
         field.name: values[field.name]
@@ -287,7 +288,7 @@ def _floats(strategy: Strategy) -> dict[str, Any]:
 def _callable_together(strategy: Strategy) -> Hashable:
     """Returns what strategies have in common that one call of `target` can serve: all but their floats."""
     floats = _floats(strategy)
-    fields = dataclasses.fields(strategy)  # type: ignore[arg-type]  # as above
+    fields = dataclasses.fields(strategy)
     others = tuple((field.name, getattr(strategy, field.name)) for field in fields if field.name not in floats)
     return type(strategy), tuple(floats), others
 

@@ -36,8 +36,9 @@ def normalize(
         gradients: For each layer name, its parameter types and their gradients: float16, float32, float64, complex64 or
             complex128, of any shape.
         policy: A `Policy`, a strategy, or a member of `GradientNormalization` (threshold 1.0).
-        on_nonfinite: What happens to a group with NaN or infinity: `"keep"` leaves it as it is and `"zero"` makes it zero,
-            while the other groups are normalized as usual; `"skip"` leaves all groups as they are, `"raise"` raises.
+        on_nonfinite: What happens to a group with NaN or infinity: `"keep"` leaves it as it is and `"zero"` makes it
+            zero, while the other groups are normalized as usual; `"skip"` leaves all groups as they are, `"raise"`
+            raises.
 
     Returns:
         The gradients afterwards, in their original dtypes, and the report of the step.
@@ -124,24 +125,30 @@ def norm_of(group: Group) -> Norm:
 
 
 def _apply(strategy: Strategy, group: Group) -> tuple[Group, bool]:
-    """The definitions: returns a finite group after its strategy (the same object if unchanged), and whether it shrank."""
+    """Returns a finite group after its strategy (the same object if unchanged), and whether it shrank."""
     norm = norm_of(group)
-    match strategy:
-        case Keep():
+    if strategy.limit < math.inf:
+        if not any((np.abs(array) > strategy.limit).any() for array in group):
             return group, False
-        case Clip(threshold):
-            target = threshold if norm.value > threshold else norm.value
-        case Renormalize():
-            target = 1.0
-        case _ if strategy.limit < math.inf or isinstance(strategy, ClipValue):
-            if not any((np.abs(array) > strategy.limit).any() for array in group):
-                return group, False
-            return [_limited(array, strategy.limit) for array in group], True
-        case _:
-            target = _own_target(strategy, norm.value)
-    if norm.value == 0 or target == norm.value:
+        return [_limited(array, strategy.limit) for array in group], True
+    target = _target(strategy, norm.value)
+    if norm.value in {0.0, target}:
         return group, False
     return _rescaled(group, norm, target), target < norm.value
+
+
+def _target(strategy: Strategy, norm: float) -> float:
+    """The definitions: the norm that a group ends with."""
+    match strategy:
+        # A subclass may mean something else.
+        case Keep() | ClipValue() if type(strategy) in {Keep, ClipValue}:
+            return norm
+        case Clip(threshold) if type(strategy) is Clip:
+            return min(norm, threshold)
+        case Renormalize() if type(strategy) is Renormalize:
+            return 1.0
+        case _:
+            return _own_target(strategy, norm)
 
 
 def _own_target(strategy: Strategy, norm: float) -> float:

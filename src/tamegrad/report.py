@@ -57,8 +57,8 @@ class Report(Generic[ArrayT]):
         clipped: `(G,)` bool, whether the strategy made the group smaller; for `ClipValue`, cut an element.
         nonfinite: `(G,)` int64, how many values are NaN or infinite.
         total_norm: 0-dim float64, the norm of all that was measured, before.
-        skipped: Whether the step was skipped because of a non-finite gradient. Then nothing was changed, and every scale
-            is 1.
+        skipped: Whether the step was skipped because of a non-finite gradient. Then nothing was changed, every scale is
+            1.
 
     Example:
         >>> import numpy as np

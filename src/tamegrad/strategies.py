@@ -12,10 +12,10 @@ decides what happens to it.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import Field, dataclass
 from enum import StrEnum
 from types import ModuleType
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 from tamegrad.errors import SettingError, quoted
 
@@ -35,8 +35,8 @@ class Strategy:
     from start to end.
 
     `target` is called once a step for all groups that the class governs, whatever their thresholds: inside it, each
-    field that was given as a float is a `(G,)` float64 array with one entry a group, on the device of `norms`. Fields of
-    other types are as they were given; instances that differ in one of them are called separately.
+    field that was given as a float is a `(G,)` float64 array with one entry a group, on the device of `norms`. Fields
+    of other types are as they were given; instances that differ in one of them are called separately.
 
     Attributes:
         per: What makes one group: `"layer"`, `"param_type"`, `"tensor"` or `"model"`. `"layer"` by default.
@@ -57,6 +57,7 @@ class Strategy:
     """
 
     __slots__ = ()
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]  # of each subclass
 
     per: Per = "layer"
 
@@ -217,7 +218,7 @@ class GradientNormalization(StrEnum):
         """Returns the strategy of that name.
 
         Args:
-            threshold: As in `Clip` and `ClipValue`; ignored by `NONE` and the two renormalizations, as in Deeplearning4j.
+            threshold: As in `Clip` and `ClipValue`; ignored by `NONE` and both renormalizations, as in Deeplearning4j.
 
         Returns:
             The strategy.

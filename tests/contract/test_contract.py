@@ -1,4 +1,4 @@
-"""One contract for every strategy, on every backend, in every dtype: what `reference.py` gives is right.
+"""One contract for every strategy, backend and dtype: the results match `reference.py`.
 
 The lists come from the code, so that nothing new can be left out.
 """
@@ -79,7 +79,8 @@ class TestContract:
 def test_a_group_exactly_at_its_threshold_keeps_its_bits_and_one_above_does_not(
     dtype: torch.dtype, backend: Any
 ) -> None:
-    for kind in BUILT_IN:
+    built_in: list[Any] = BUILT_IN
+    for kind in built_in:
         if "threshold" not in {field.name for field in fields(kind)}:
             continue
         case = a_case(dtype)
@@ -95,7 +96,7 @@ def test_a_group_exactly_at_its_threshold_keeps_its_bits_and_one_above_does_not(
         assert report["second"].clipped
 
 
-def test_the_suite_would_notice_a_wrong_threshold() -> None:
+def test_the_suite_detects_wrong_norms_and_values() -> None:
     case = a_case(torch.float32)
     _, expected = normalize(case.arrays, every_strategy()[0])
     columns = ("norms", "scales", "norms_after", "clipped", "nonfinite", "total_norm")
@@ -111,14 +112,14 @@ def test_the_suite_would_notice_a_wrong_threshold() -> None:
 @pytest.mark.parametrize("backend", QUICK_BACKENDS)
 @pytest.mark.parametrize("edge", [2.0**-511, 2.0**486])
 @pytest.mark.parametrize("strategy", every_strategy(), ids=str)
-def test_values_on_both_sides_of_an_edge_between_ranges(strategy: Strategy, edge: float, backend: Any) -> None:
+def test_values_on_both_sides_of_a_range_boundary(strategy: Strategy, edge: float, backend: Any) -> None:
     values = torch.tensor([0.5, 0.999, 1.0, 1.001, 2.0], dtype=torch.float64) * edge
     assert_contract(Case.of({"out": {"weight": values, "bias": values[:2].clone()}}), strategy, backend)
 
 
 @pytest.mark.parametrize("backend", QUICK_BACKENDS)
 @pytest.mark.parametrize("limit", [2.0, 1.7e308])
-def test_complex_values_whose_magnitude_no_float64_holds_keep_their_direction(limit: float, backend: Any) -> None:
+def test_complex_values_whose_magnitude_overflows_float64_keep_their_direction(limit: float, backend: Any) -> None:
     case = huge_complex_case()
     assert_contract(case, ClipValue(limit), backend)
     assert_huge_complex_cut(case, limit)

@@ -1,4 +1,4 @@
-"""The same contract over several processes: a sharded model gets what the reference gives for the whole one."""
+"""The same contract over several processes: a sharded model matches the reference for the whole model."""
 
 import math
 from collections.abc import Iterator
@@ -52,7 +52,7 @@ def whole_gradients(dtype: torch.dtype, seed: int) -> dict[str, dict[str, torch.
 
 
 def parts_of(whole: torch.Tensor, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> DTensor:
-    """Distributes a tensor, as a sum over ranks where that is asked for: the first rank has all of it."""
+    """Distributes a tensor; where a placement is a partial sum, the first rank holds all of it."""
     settled = [R if placement.is_partial() else placement for placement in placements]
     tensor = distribute_tensor(whole, mesh, settled, src_data_rank=None)
     part = tensor.to_local()
@@ -80,14 +80,14 @@ def sharded_model(gradients: dict[str, dict[str, torch.Tensor]], root: DeviceMes
 
 
 def cases() -> Iterator[tuple[torch.dtype, object, OnNonfinite, float | None]]:
-    """Every strategy, dtype and way with what is not finite, though not each with each: ranks change none of these."""
+    """Yields every strategy, dtype and `on_nonfinite`, but not every combination: ranks do not affect them."""
     choices: tuple[OnNonfinite, ...] = ("keep", "zero", "skip")
     for number, strategy in enumerate(every_strategy()):
         yield DTYPES[number % len(DTYPES)], strategy, "keep", None
         yield torch.float32, strategy, choices[number % 3], (math.nan, -math.inf)[number % 2]
 
 
-def hold_against_the_reference(backend: Any) -> list[bytes]:
+def compare_with_the_reference(backend: Any) -> list[bytes]:
     """Runs every case; returns the bits of all norms, which must be the same on every rank."""
     root = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("rows", "columns"))
     seen = []
@@ -114,7 +114,7 @@ def hold_against_the_reference(backend: Any) -> list[bytes]:
                 gradient = gradient.to_local()
             assert gradient is not None
             assert_same_values(gradient, after.numpy(), f"{strategy} {dtype} {name}")
-            # What was a sum over ranks is added up only where its layer changes; everything else changes in place.
+            # Partial sums are all-reduced only if their layer changes; everything else changes in place.
             changed = any(expected[layer][kind].tobytes() != arrays[layer][kind].tobytes() for kind in arrays[layer])
             if layer == "partial" and changed and parameter.grad is not before[name]:
                 assert isinstance(parameter.grad, DTensor)
@@ -127,7 +127,7 @@ def hold_against_the_reference(backend: Any) -> list[bytes]:
 
 @pytest.mark.parametrize("backend", QUICK_BACKENDS)
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_every_strategy_gives_every_rank_what_the_reference_gives_for_the_whole_model(ranks: int, backend: str) -> None:
-    first, *others = run_on_ranks(hold_against_the_reference, ranks, backend)
+def test_every_strategy_matches_the_reference_on_every_rank(ranks: int, backend: str) -> None:
+    first, *others = run_on_ranks(compare_with_the_reference, ranks, backend)
     assert all(other == first for other in others)
     assert len(set(first)) > len(first) // 2

@@ -1,6 +1,6 @@
-"""Any gradients at all: every strategy on every backend gives what the reference gives.
+"""Arbitrary gradients: every strategy on every backend matches the reference.
 
-Shapes, dtypes, magnitudes, layouts in memory, sparse and complex gradients, and NaN and infinities at any place.
+Shapes, dtypes, magnitudes, memory layouts, sparse and complex gradients, and NaN and infinity anywhere.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from tamegrad.strategies import OnNonfinite, Per
 from tamegrad.torch import GradientNormalizer
 from tamegrad.torch.memory import DTYPES
 
-# How hypothesis draws the values of a dtype: bfloat16 has float32's range and is rounded to afterwards.
+# The width at which Hypothesis draws values of a dtype: bfloat16 has float32's range, and values are rounded to it.
 WIDTHS: dict[torch.dtype, Any] = {
     torch.float16: 16,
     torch.bfloat16: 32,
@@ -40,17 +40,17 @@ SHAPES = st.lists(st.integers(0, 4), max_size=3).map(tuple)
 
 
 def transposed(gradient: Tensor) -> Tensor:
-    """Lays a gradient out with its first dimension last in memory, as channels_last does."""
+    """Lays out a gradient with its first dimension last in memory, like channels_last."""
     return gradient.movedim(0, -1).contiguous().movedim(-1, 0) if gradient.ndim > 1 else gradient
 
 
 def spaced(gradient: Tensor) -> Tensor:
-    """Lays a gradient out as every second value of a larger tensor."""
+    """Lays out a gradient as every second value of a larger tensor."""
     return torch.stack([gradient, gradient], -1)[..., 0]
 
 
 def expanded(gradient: Tensor) -> Tensor:
-    """Repeats the first row over all rows, in the same place of memory."""
+    """Expands the first row to all rows, in the same memory."""
     return gradient[:1].expand_as(gradient) if gradient.ndim else gradient
 
 
@@ -59,7 +59,7 @@ LAYOUTS: list[Callable[[Tensor], Tensor]] = [Tensor.clone, transposed, spaced, e
 
 @st.composite
 def tensors(draw: st.DrawFn, *, nonfinite: bool) -> Tensor:
-    """Draws a gradient: any shape, any dtype, values of one magnitude or of all at once."""
+    """Draws a gradient: any shape and dtype, with values of similar or of any magnitude."""
     dtype = draw(st.sampled_from(DTYPES))
     shape = draw(SHAPES)
     count = int(torch.Size(shape).numel()) * (2 if dtype.is_complex else 1)
@@ -71,7 +71,7 @@ def tensors(draw: st.DrawFn, *, nonfinite: bool) -> Tensor:
     real = torch.tensor(values, dtype=torch.float64)
     wide = torch.view_as_complex(real.reshape(*shape, 2)) if dtype.is_complex else real.reshape(shape)
     gradient = wide.to(dtype)
-    # Rounding to bfloat16 may overflow, which only a draw that allows for infinities may show.
+    # Rounding to bfloat16 may overflow, which is only allowed if infinities are.
     gradient = gradient if nonfinite or dtype.is_complex else torch.nan_to_num(gradient)
     laid_out: Tensor = draw(st.sampled_from(LAYOUTS))(gradient)
     return laid_out
@@ -97,7 +97,7 @@ def test_finite_gradients(backend: Any, gradients: Tensors, strategy: object) ->
     strategy=STRATEGIES,
     on_nonfinite=st.sampled_from(("keep", "zero", "skip", "raise")),
 )
-def test_gradients_that_may_not_be_finite(
+def test_gradients_that_may_be_nonfinite(
     backend: Any, gradients: Tensors, strategy: object, on_nonfinite: OnNonfinite
 ) -> None:
     case = Case.of(gradients)

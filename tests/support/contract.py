@@ -1,4 +1,4 @@
-"""Holds a backend against the reference: one model, its gradients, and the same gradients as NumPy arrays."""
+"""Compares a backend with the reference: one model, its gradients, and the same gradients as NumPy arrays."""
 
 import doctest
 import itertools
@@ -24,10 +24,10 @@ Tensors: TypeAlias = dict[str, dict[str, Tensor]]
 # the same contract, on fewer and smaller gradients.
 QUICK_BACKENDS = [name for name in BACKENDS if name != "gpu"]
 
-# A value is computed in float64 and rounded once to the dtype: one spacing of it allows for a tie that falls the other
-# way. In float64 there are two or three roundings more on either side.
+# A value is computed in float64 and rounded once to the dtype: one spacing of the dtype allows for a tie that rounds
+# the other way. In float64 there are two or three more roundings on either side.
 SPACINGS = {torch.float64: 8, torch.complex128: 8}
-# Norms are sums of squares in float64, added in another order.
+# Norms are sums of squares in float64, added in a different order.
 NORM_TOLERANCE = 1e-13
 DECIDED = [field.name for field in fields(Decision)]
 THRESHOLDS = (0.03, 1.0, 40.0)
@@ -51,13 +51,13 @@ BUILT_IN: list[type[Strategy]] = [
     for found in (getattr(strategies, name) for name in strategies.__all__)
     if isinstance(found, type) and issubclass(found, Strategy) and found is not Strategy
 ]
-# The built-in strategies, and one as users write them.
+# The built-in strategies, and one as a user would write it.
 STRATEGIES = [*BUILT_IN, documented_strategy()]
 
 
 @dataclass
 class Case:
-    """A model with gradients, and the same gradients as wide NumPy arrays, taken before."""
+    """A model with gradients, and a copy of the original gradients as wide NumPy arrays."""
 
     model: nn.Module
     arrays: dict[str, dict[str, NDArray[Any]]]
@@ -78,7 +78,7 @@ class Case:
 
     @property
     def gradients(self) -> Tensors:
-        """The gradients that the parameters have now."""
+        """The current gradients of the parameters."""
         return {
             layer: {kind: parameter.grad for kind, parameter in module.named_parameters() if parameter.grad is not None}
             for layer, module in self.model.named_children()
@@ -89,7 +89,7 @@ def every_strategy() -> list[Strategy]:
     """Makes every strategy with every `per` it has, at a low, a middle and a high threshold."""
     made: list[Strategy] = []
     for strategy in STRATEGIES:
-        names = {field.name for field in fields(strategy)}  # type: ignore[arg-type]  # each is a dataclass
+        names = {field.name for field in fields(strategy)}
         choices = {"threshold": THRESHOLDS, "per": get_args(Per)}
         settings = [[(name, value) for value in choices[name]] for name in sorted(names)]
         made += [strategy(**dict(combination)) for combination in itertools.product(*settings)]
@@ -122,13 +122,13 @@ def assert_same_report(actual: Report[Tensor], expected: Report[NDArray[Any]], *
             vector.numpy(), getattr(expected, name), rtol=NORM_TOLERANCE, atol=SMALLEST, err_msg=name
         )
     np.testing.assert_array_equal(actual.nonfinite.numpy(), expected.nonfinite, err_msg="nonfinite")
-    # Where a strategy is continuous, the last bit of a norm decides whether a group that hardly changes counts.
+    # If a strategy is continuous, the last bit of a norm decides whether a group that barely changes counts as clipped.
     ignored = np.zeros_like(expected.clipped) if exact else np.abs(expected.scales - 1.0) <= 1e-15
     np.testing.assert_array_equal(actual.clipped.numpy() | ignored, expected.clipped | ignored, err_msg="clipped")
 
 
 def assert_contract(case: Case, strategy: object, backend: Any, on_nonfinite: OnNonfinite = "keep") -> None:
-    """Normalizes a case with a backend and holds it against the reference."""
+    """Normalizes a case with a backend and compares it with the reference."""
     expected, expected_report = normalize(case.arrays, strategy, on_nonfinite=on_nonfinite)
     normalizer = GradientNormalizer(case.model, strategy, on_nonfinite=on_nonfinite, backend=backend)
     before = {layer: {kind: g.clone() for kind, g in types.items()} for layer, types in case.gradients.items()}
@@ -139,20 +139,20 @@ def assert_contract(case: Case, strategy: object, backend: Any, on_nonfinite: On
         for kind, gradient in types.items():
             assert gradient.dtype == before[layer][kind].dtype
             assert_same_values(gradient, expected[layer][kind], f"{layer}.{kind}")
-            # A zeroed group may turn -0 into 0; what the reference leaves alone, the backend leaves alone bit by bit.
+            # A zeroed group may turn -0 into 0; if the reference keeps a gradient, the backend must keep every bit.
             if exact and expected[layer][kind].tobytes() == case.arrays[layer][kind].tobytes():
                 assert bits(gradient).equal(bits(before[layer][kind])), f"the bits of {layer}.{kind} changed"
 
 
 def huge_complex_case() -> Case:
-    """Makes a case of finite values, some of whose magnitudes are past what a float64 holds."""
+    """Makes a case of finite complex values, some of whose magnitudes overflow float64."""
     largest = np.finfo(np.float64).max
     values = [complex(largest, -largest), complex(0.3 * largest, 0.99 * largest), complex(3.0, 4.0), complex(0.0, 1.0)]
     return Case.of({"out": {"weight": torch.tensor(values, dtype=torch.complex128)}})
 
 
 def assert_huge_complex_cut(case: Case, limit: float) -> None:
-    """Holds what `ClipValue` made of the huge complex case against what it is by hand."""
+    """Compares the result of `ClipValue` on the huge complex case with one computed by hand."""
     length = np.hypot(0.3, 0.99)
     directions = np.array([complex(0.5**0.5, -(0.5**0.5)), complex(0.3, 0.99) / length, complex(0.6, 0.8)])
     gradient = case.gradients["out"]["weight"].numpy()

@@ -1,6 +1,6 @@
-"""What Deeplearning4j computed (`tests/data/dl4j`), and how closely tamegrad has to agree; no framework is loaded.
+"""Results of Deeplearning4j (`tests/data/dl4j`), and how closely tamegrad must match them; loads no framework.
 
-Arrays are handed out as `{layer's name: {parameter: array}}`, the form that `tamegrad.normalize` takes.
+Arrays come as `{layer name: {parameter: array}}`, the form that `tamegrad.normalize` takes.
 """
 
 import functools
@@ -24,21 +24,21 @@ NETWORKS = ("dense", "lstm", "bidirectional", "convolution", "attention", "graph
 TRAINED = ("dense", "lstm")
 DTYPES = {"f32": "float32", "f64": "float64"}
 
-# Layers that do not take what is set for them alone: Deeplearning4j builds them without it and gives them the default,
-# as the manifests' resolved strategies show.
-DEAF = ("SelfAttentionLayer",)
+# Layers that ignore their own setting: Deeplearning4j builds them without it and gives them the default, as the
+# resolved strategies in the manifests show.
+IGNORE_OVERRIDES = ("SelfAttentionLayer",)
 
-# How far a normalized gradient may be off, relative to the value itself: a strategy multiplies every value by one
-# factor, so that the relative error of each is that of the factor, and small values have no excuse. In float32 the
-# error is Deeplearning4j's, which adds up the squares in float32; the worst of all cases is 4e-7, in float64 1e-15.
-# What a strategy leaves alone, and what it cuts element by element, has the same bits.
+# The allowed error of a normalized gradient, relative to each value: a strategy multiplies every value by one factor,
+# so small values have the same relative error as large ones. In float32 the error is Deeplearning4j's, which sums the
+# squares in float32; the worst of all cases is 4e-7, in float64 1e-15. Values that a strategy leaves alone, or cuts
+# element by element, have the same bits.
 GRADIENT_TOLERANCE = {"float32": 5e-7, "float64": 1e-14}
 EXACT = ("None", "ClipElementWiseAbsoluteValue")
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One layer of a network, with the strategy that Deeplearning4j found for it, and its parameters' shapes."""
+    """One layer of a network, with the strategy that Deeplearning4j resolved for it, and its parameter shapes."""
 
     key: str
     name: str
@@ -50,7 +50,7 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What a configuration says, of all layers or of one."""
+    """The strategy and threshold that a configuration sets, for all layers or for one."""
 
     strategy: str
     threshold: float
@@ -74,8 +74,8 @@ class Entry:
 
     @property
     def overrides(self) -> dict[str | type, object]:
-        heard = (layer.name for layer in self.layers if layer.kind not in DEAF and layer.name in self.set_by_layer)
-        return {name: self.set_by_layer[name].as_strategy for name in heard}
+        names = (layer.name for layer in self.layers if layer.kind not in IGNORE_OVERRIDES)
+        return {name: self.set_by_layer[name].as_strategy for name in names if name in self.set_by_layer}
 
     @property
     def policy(self) -> Policy:
@@ -83,7 +83,7 @@ class Entry:
 
     @property
     def label(self) -> str:
-        """What a test is called, and what a failure names."""
+        """The name of the case in test ids and failures."""
         return f"{Path(self.file).name}-{self.id}"
 
     def arrays(self, when: str) -> Arrays:
@@ -93,13 +93,13 @@ class Entry:
         }
 
     def keys(self, when: str) -> set[str]:
-        """The arrays of the file that `arrays` reads."""
+        """The names of the arrays that `arrays` reads from the file."""
         return {f"{when}/{layer.key}_{kind}" for layer in self.layers for kind in layer.shapes}
 
 
 @dataclass(frozen=True)
 class Case(Entry):
-    """One strategy, or several, applied once; `fill` says what made-up gradients of `edges` hold."""
+    """One strategy, or several, applied once; `fill` names the values of the synthetic gradients in `edges`."""
 
     before_at: str
     after_at: str
@@ -121,7 +121,7 @@ class Case(Entry):
 
 @dataclass(frozen=True)
 class Run(Entry):
-    """One training run of twenty steps; `updater` is Deeplearning4j's own description."""
+    """One training run of twenty steps; `updater` is Deeplearning4j's own description of its optimizer."""
 
     updater: str
 
@@ -136,7 +136,7 @@ class Run(Entry):
 
 @functools.cache
 def load(file: str) -> dict[str, Array]:
-    """Reads all arrays of a file; they are shared by the tests, so that none may write to them."""
+    """Reads all arrays of a file; tests share them, so they are read-only."""
     with np.load(DATA / f"{file}.npz") as archive:
         arrays = {name: archive[name] for name in archive.files}
     for array in arrays.values():
@@ -165,7 +165,7 @@ def training_runs() -> list[Run]:
 
 def _cases(file: str) -> Iterator[Case]:
     for raw in manifest(file)["cases"]:
-        if "fill" in raw:  # the edges say for each layer what all layers have
+        if "fill" in raw:  # in the edges all layers have the same setting, repeated in each
             raw = {"default": raw["layers"][0], "set_by_layer": {}, **raw}  # noqa: PLW2901
             before, after = f"{raw['id']}/before", f"{raw['id']}/after"
         else:
@@ -197,7 +197,7 @@ def _entry(file: str, raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _inherited(raw: Mapping[str, Any], default: Setting) -> Setting:
-    """What a layer's own setting comes to: null is inherited, strategy and threshold each on its own."""
+    """Resolves a layer's own setting: if strategy or threshold is null, it is inherited, each on its own."""
     strategy, threshold = raw["strategy"], raw["threshold"]
     return Setting(
         default.strategy if strategy is None else strategy, default.threshold if threshold is None else threshold
@@ -205,14 +205,14 @@ def _inherited(raw: Mapping[str, Any], default: Setting) -> Setting:
 
 
 def same_bits(first: Array, second: Array) -> bool:
-    """Whether two arrays agree in dtype, shape and every bit, NaN and the sign of zero included."""
+    """Returns whether two arrays agree in dtype, shape and every bit, including NaN and the sign of zero."""
     return first.dtype == second.dtype and first.shape == second.shape and first.tobytes() == second.tobytes()
 
 
 def relative_error(actual: Array, expected: Array) -> float:
-    """The largest error of a value relative to what that value should be.
+    """Returns the largest relative error of any value.
 
-    NaN agrees with NaN and infinity with itself; infinite is the error where zero, NaN or infinity is expected in vain.
+    NaN equals NaN and infinity itself; if zero, NaN or infinity is expected and missed, the error is infinite.
     """
     wide, wanted = actual.astype(np.float64), expected.astype(np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -222,7 +222,7 @@ def relative_error(actual: Array, expected: Array) -> float:
 
 
 def assert_gradients_agree(case: Case, door: str, actual: Arrays) -> None:
-    """Raises unless gradients are Deeplearning4j's: within the tolerance, and to the bit what it left alone."""
+    """Asserts that gradients match Deeplearning4j's within the tolerance, and to the bit if it left them alone."""
     before, after = case.before, case.after
     assert {layer: list(kinds) for layer, kinds in actual.items()} == {name: list(v) for name, v in after.items()}
     for layer in case.layers:

@@ -1,6 +1,6 @@
-"""Made-up gradients (`edges-*`): what Deeplearning4j does wrong there, and what tamegrad has to answer.
+"""Synthetic gradients (`edges-*`): what Deeplearning4j gets wrong, and what tamegrad must return instead.
 
-Neither is computed with tamegrad: the first is told from the data, the second from the definitions of the strategies.
+Neither is computed with tamegrad: the first follows from the data, the second from the definitions of the strategies.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,19 +16,19 @@ RENORMALIZE = ("RenormalizeL2PerLayer", "RenormalizeL2PerParamType")
 CLIP_L2 = ("ClipL2PerLayer", "ClipL2PerParamType")
 CLIP_VALUE = "ClipElementWiseAbsoluteValue"
 
-# Where tamegrad differs on purpose; under every other pair of fill and strategy it agrees.
+# Where tamegrad differs on purpose; for every other pair of fill and strategy it agrees.
 DIFFERENT = {
     "tiny": RENORMALIZE,
     "huge": (*RENORMALIZE, *CLIP_L2),
     "nan": RENORMALIZE,
     "infinite": (*RENORMALIZE, *CLIP_L2, CLIP_VALUE),
 }
-# Deeplearning4j replaces a norm of 0, and of NaN, by this before it divides.
+# Deeplearning4j replaces a norm of 0 or NaN by this before it divides.
 REPLACED_NORM = 1e-5
-# Spacings of the dtype that a value may be off: tamegrad computes in float64 and rounds once to float32; in float64 the
-# norm, the scale and the product are each rounded.
+# The allowed error of a value, in spacings of its dtype: tamegrad computes in float64 and rounds once to float32; in
+# float64 the norm, the scale and the product are each rounded.
 SPACINGS = {"float32": 1, "float64": 4}
-# What a float64 number of a report may be off, relative.
+# The allowed relative error of a float64 number in a report.
 ROUNDED = 1e-15
 
 
@@ -74,15 +74,15 @@ def flat(arrays: dict[str, Array]) -> Array:
 
 
 def assert_deeplearning4j_is_wrong_as_told(case: Case) -> None:
-    """Raises unless the data show what Deeplearning4j is said to do in a case where tamegrad differs."""
+    """Asserts that Deeplearning4j's result is the documented wrong one, in a case where tamegrad differs."""
     for group in edge_groups(case):
-        error = relative_error(flat(group.after), _told_of_deeplearning4j(case, group))
+        error = relative_error(flat(group.after), _documented_result(case, group))
         where = f"{case.label}: {group.layer}/{group.param_type or '*'}"
         assert error <= GRADIENT_TOLERANCE[case.dtype], f"{where}: relative error {error:.3g}"
 
 
-def _told_of_deeplearning4j(case: Case, group: EdgeGroup) -> NDArray[np.float64]:
-    """What the data's description says Deeplearning4j made of a group where tamegrad differs."""
+def _documented_result(case: Case, group: EdgeGroup) -> NDArray[np.float64]:
+    """Returns Deeplearning4j's result for a group where tamegrad differs, as the description of the data has it."""
     wide, threshold = group.wide, case.layers[0].threshold
     match case.fill:
         case "tiny":  # the norm underflows to 0
@@ -95,11 +95,11 @@ def _told_of_deeplearning4j(case: Case, group: EdgeGroup) -> NDArray[np.float64]
             return np.clip(wide, -threshold, threshold)
         case "infinite" if group.nonfinite:  # infinity / infinity, and everything else / infinity
             return np.where(np.isinf(wide), np.nan, 0.0)
-    return expected_of_tamegrad(case, group).astype(np.float64)  # a finite group beside: here both are right
+    return expected_of_tamegrad(case, group).astype(np.float64)  # beside a non-finite group: both are right
 
 
 def expected_of_tamegrad(case: Case, group: EdgeGroup) -> Array:
-    """The group afterwards, from the definitions alone: all values in a row, in their dtype."""
+    """Returns the expected values of a group, from the definitions alone, flattened, in their dtype."""
     given, wide, target = flat(group.before), group.wide, _target(case)
     if group.nonfinite:
         return given
@@ -112,14 +112,14 @@ def expected_of_tamegrad(case: Case, group: EdgeGroup) -> Array:
 
 
 def _target(case: Case) -> float | None:
-    """The norm that a group is to have, or at most to have."""
+    """Returns the norm that a group must have, or the largest it may have."""
     if case.default.strategy in RENORMALIZE:
         return 1.0
     return case.layers[0].threshold if case.default.strategy in CLIP_L2 else None
 
 
 def _norm_and_direction(wide: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-    # Divided by the largest first, no square leaves the range of float64.
+    # Dividing by the largest value first keeps all squares in the range of float64.
     largest = float(np.abs(wide).max())
     if largest == 0:
         return 0.0, wide
@@ -128,7 +128,7 @@ def _norm_and_direction(wide: NDArray[np.float64]) -> tuple[float, NDArray[np.fl
 
 
 def assert_as_deeplearning4j(case: Case, actual: Arrays) -> None:
-    """Raises unless tamegrad's result is Deeplearning4j's, to the bit but for rounding of what is divided."""
+    """Asserts that tamegrad's result is Deeplearning4j's: to the bit if nothing changed, else up to rounding."""
     for group in edge_groups(case):
         got, expected = _of(group, actual), flat(group.after)
         where = f"{case.label}: {group.layer}/{group.param_type or '*'}"
@@ -138,7 +138,7 @@ def assert_as_deeplearning4j(case: Case, actual: Arrays) -> None:
 
 
 def assert_as_defined(case: Case, actual: Arrays, row_of: Callable[[EdgeGroup], GroupReport]) -> None:
-    """Raises unless every group, and its row of the report, is what the definitions and `on_nonfinite="keep"` say."""
+    """Asserts that every group and its row of the report follow the definitions and `on_nonfinite="keep"`."""
     for group in edge_groups(case):
         got, expected, row = _of(group, actual), expected_of_tamegrad(case, group), row_of(group)
         where = f"{case.label}: {group.layer}/{group.param_type or '*'}"
@@ -159,15 +159,15 @@ def assert_as_defined(case: Case, actual: Arrays, row_of: Callable[[EdgeGroup], 
 
 
 def mixed(nonfinite_fill: str, dtype: str) -> Arrays:
-    """One layer with a value that is not finite, one with huge and one with tiny values."""
+    """Returns one layer with a non-finite value, one with huge and one with tiny values."""
     fills = {"first": nonfinite_fill, "second": "huge", "out": "tiny"}
     kept = {case.fill: case.before for case in edge_cases() if (case.dtype, case.default.strategy) == (dtype, "None")}
     return {layer: kept[fill][layer] for layer, fill in fills.items()}
 
 
 def assert_finite_layers_are_renormalized(before: Arrays, actual: Arrays) -> None:
-    """Raises unless of `mixed` the first layer has its bits, and the others the norm 1 and their directions."""
-    assert same_bits(flat(actual["first"]), flat(before["first"])), "the layer that is not finite changed"
+    """Asserts, for `mixed`, that the first layer kept its bits, and the others their directions, with norm 1."""
+    assert same_bits(flat(actual["first"]), flat(before["first"])), "the non-finite layer changed"
     for layer in ("second", "out"):
         got = flat(actual[layer])
         _, direction = _norm_and_direction(flat(before[layer]).astype(np.float64))

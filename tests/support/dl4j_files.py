@@ -32,12 +32,12 @@ NAMES_0_9_1 = {
 
 
 def java_class(kind: str) -> str:
-    """A class of Deeplearning4j's by its simple name; a name with a dot is somebody's own."""
+    """Returns the full name of a Deeplearning4j class; a name with a dot is a user's own class."""
     return kind if "." in kind else f"org.deeplearning4j.nn.conf.layers.{_PACKAGES.get(kind, '')}{kind}"
 
 
 def typed(kind: str, body: Json, *, old: bool) -> Json:
-    """An object with its class: as the key of an object in 0.9.1 (`old`), as a field since."""
+    """Returns an object with its class: as the key of the object in 0.9.1 (`old`), as a field since."""
     return {NAMES_0_9_1.get(kind, kind): body} if old else {"@class": java_class(kind), **body}
 
 
@@ -63,7 +63,7 @@ def layer(
     wrappers: Sequence[str] = (),
     old: bool = False,
 ) -> Json:
-    """A layer, inside wrappers (the outermost first) that repeat its name and its strategy as Deeplearning4j does."""
+    """Returns a layer, inside wrappers (outermost first) that repeat its name and strategy, as in Deeplearning4j."""
     made = typed(kind, settings(name, strategy, threshold), old=old)
     for wrapper in reversed(wrappers):
         outside: Json = {
@@ -80,23 +80,23 @@ def layer(
 
 
 def network_of(layers: Sequence[Json]) -> Json:
-    """A MultiLayerNetwork."""
+    """Returns a MultiLayerNetwork."""
     return {"confs": [{"layer": each, "seed": 5, "variables": []} for each in layers], "tbpttFwdLength": 20}
 
 
 def graph_of(layers: dict[str, Json], *, old: bool = False) -> Json:
-    """A ComputationGraph, with a vertex that is no layer."""
+    """Returns a ComputationGraph, with a vertex that is not a layer."""
     body = {
         name: {"layerConf": {"layer": each, "variables": []}, "outputVertex": False} for name, each in layers.items()
     }
     kind = "LayerVertex" if old else "org.deeplearning4j.nn.conf.graph.LayerVertex"
     merge = typed("MergeVertex" if old else "org.deeplearning4j.nn.conf.graph.MergeVertex", {}, old=old)
     vertices = {name: typed(kind, each, old=old) for name, each in body.items()}
-    return {"vertices": {**vertices, "a vertex that is no layer": merge}, "networkInputs": ["x"]}
+    return {"vertices": {**vertices, "a vertex that is not a layer": merge}, "networkInputs": ["x"]}
 
 
 def zip_of(content: str | bytes, name: str = "configuration.json", method: int = zipfile.ZIP_DEFLATED) -> bytes:
-    """A saved model."""
+    """Returns a saved model."""
     held = io.BytesIO()
     with zipfile.ZipFile(held, "w", method) as archive:
         archive.writestr(name, content)

@@ -1,7 +1,7 @@
 """Deeplearning4j's networks as PyTorch modules, and its arrays in PyTorch's order.
 
-Each layer is the `torch.nn` module of the same kind, under Deeplearning4j's name. What PyTorch has no twin of is a
-module that owns parameters of the same names.
+Each layer is the `torch.nn` module of the same kind, under Deeplearning4j's name; without such a module, it is one that
+owns parameters of the same names.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ from support.dl4j import Array, Arrays, Layer
 
 
 class Order(Enum):
-    """How the values of one of Deeplearning4j's arrays are arranged in its twin."""
+    """How the values of a Deeplearning4j array are laid out in its PyTorch twin."""
 
     SAME = "same"
     TRANSPOSED = "transposed"
@@ -24,7 +24,7 @@ class Order(Enum):
 
 
 class Twin(NamedTuple):
-    """The parameter of a PyTorch module that one of Deeplearning4j's arrays becomes."""
+    """The parameter of a PyTorch module that corresponds to a Deeplearning4j array."""
 
     name: str
     order: Order
@@ -51,7 +51,7 @@ _TWINS: dict[str, dict[str, Twin]] = {
 
 
 class Owner(nn.Module):
-    """A layer of which only the parameters matter, under Deeplearning4j's names."""
+    """A layer with parameters under Deeplearning4j's names, and no forward pass."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Owner(nn.Module):
 
 
 def build(layers: Sequence[Layer], dtype: str) -> nn.ModuleDict:
-    """Makes the network; a `ModuleDict` gives the layers Deeplearning4j's names and leaves the forward pass open."""
+    """Makes the network: a `ModuleDict` of layers under Deeplearning4j's names, without a forward pass."""
     model = nn.ModuleDict({layer.name: _module(layer) for layer in layers})
     for name, parameter in model.named_parameters():
         if "bias_hh" in name:
@@ -88,7 +88,7 @@ def _module(layer: Layer) -> nn.Module:
 
 
 def twins(layer: Layer) -> dict[str, Twin]:
-    """From each array of a layer to the parameter of its module."""
+    """Maps each array of a layer to the parameter of its module."""
     return _TWINS.get(layer.kind) or {kind: Twin(kind, Order.SAME) for kind in layer.shapes}
 
 
@@ -116,7 +116,7 @@ def gradients_of(model: nn.ModuleDict, layers: Sequence[Layer]) -> Arrays:
 
 
 def to_torch(array: Array, order: Order) -> Tensor:
-    """Returns a tensor with memory of its own: the arrays of the data are shared by all tests."""
+    """Returns a tensor in its own storage, because all tests share the arrays."""
     if order is Order.GATES:
         array = _reordered(array, _GATES_TO_TORCH)
     return torch.from_numpy((array if order is Order.SAME else array.T).copy(order="C"))

@@ -1,4 +1,4 @@
-"""Models that are nothing but their gradients."""
+"""Models that consist only of parameters with gradients."""
 
 from typing import Any
 

@@ -1,6 +1,6 @@
-"""What tests of Triton kernels share: they run on the CPU, in Triton's interpreter, which takes milliseconds a program.
+"""Shared by the tests of Triton kernels, which run on the CPU, in Triton's interpreter, at milliseconds a program.
 
-So gradients are few and small, and where settings are independent of each other, tests draw pairs of them rather than
+So gradients are few and small, and if settings are independent of each other, tests cover pairs of them rather than
 every combination.
 """
 
@@ -19,8 +19,8 @@ from triton.runtime import interpreter
 from tamegrad.torch.backends.gpu.kernels import INTERPRETED
 
 MARKS = [
-    pytest.mark.skipif(not INTERPRETED, reason="on a GPU, gradients of the CPU are refused"),
-    # NumPy warns of what a GPU does silently: a float64 past the range of float16 becomes infinite.
+    pytest.mark.skipif(not INTERPRETED, reason="on a GPU, CPU gradients are refused"),
+    # NumPy warns about what a GPU does silently: a float64 outside the range of float16 becomes infinite.
     pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero) encountered:RuntimeWarning"),
     pytest.mark.usefixtures("patched_once"),
 ]
@@ -28,7 +28,7 @@ MARKS = [
 
 @pytest.fixture(scope="module")
 def patched_once() -> Iterator[None]:
-    """Lets Triton's interpreter patch its language once a launch, not at each call of a function: half of the time."""
+    """Makes Triton's interpreter patch its language once a launch, not on every function call: this halves the time."""
     replace = interpreter._patch_lang
 
     @functools.cache

@@ -1,4 +1,4 @@
-"""Runs a test on several processes that talk to each other over gloo, as the ranks of a cluster do."""
+"""Runs a test on several processes connected over gloo, like the ranks of a cluster."""
 
 import functools
 import inspect
@@ -22,16 +22,16 @@ from unittest import mock
 import torch
 from torch import distributed as dist
 
-# What a collective waits for the others, and what a test waits for its processes, in seconds.
+# The timeouts of a collective and of all processes of a test, in seconds.
 COLLECTIVE_TIMEOUT, TIMEOUT = 40, 100
 
-# Processes are forked from one that has done what takes long, and has no threads.
+# Processes are forked from one that has imported everything slow, and has no threads.
 _context = multiprocessing.get_context("forkserver")
 
 
 @functools.cache
 def _start_server() -> None:
-    """Starts the process that others are forked from, which finds modules by its environment alone."""
+    """Starts the fork server, which finds modules only through its environment."""
     _context.set_forkserver_preload(["support.warm"])
     with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path))):
         forkserver.ensure_running()
@@ -41,15 +41,15 @@ def run_on_ranks(function: Callable[..., Any], ranks: int, *args: Any) -> list[A
     """Runs a function on every rank at once.
 
     Args:
-        function: What each rank runs, at the top of a module; the process group is there already.
-        ranks: How many processes.
-        *args: What it is called with.
+        function: The function that each rank runs, at the top level of a module; the process group already exists.
+        ranks: The number of processes.
+        *args: Its arguments.
 
     Returns:
-        What it returned on each rank.
+        Its result on each rank.
 
     Raises:
-        AssertionError: If it raised on some rank, with what it raised, or took too long. No process is left.
+        AssertionError: If it raised on a rank, with the traceback, or took too long. No process is left running.
     """
     _start_server()
     with tempfile.TemporaryDirectory() as folder:
@@ -57,7 +57,7 @@ def run_on_ranks(function: Callable[..., Any], ranks: int, *args: Any) -> list[A
         for rank in range(ranks):
             here, there = _context.Pipe(duplex=False)
             where = f"file://{folder}/store", rank, ranks
-            # By file and name: pytest's modules cannot be imported by theirs.
+            # By file and name: pytest's modules cannot be imported by module name.
             work = inspect.getfile(function), function.__name__, args
             process = _context.Process(target=_run, args=(work, where, there), daemon=True)
             process.start()
@@ -78,7 +78,7 @@ def _collected(ends: list[Connection], processes: Sequence[BaseProcess]) -> list
             try:
                 result, problem = pickle.loads(end.recv_bytes())  # noqa: S301  from our own process
             except EOFError:
-                problem = "it died without a word"
+                problem = "it died without an error"
             if problem is None:
                 results.append(result)
             else:
@@ -100,11 +100,11 @@ def _run(work: tuple[str, str, Any], where: tuple[str, int, int], end: Connectio
         timeout = timedelta(seconds=COLLECTIVE_TIMEOUT)
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=timeout)
         result = runpy.run_path(file)[name](*args)
-        # Nobody leaves while others may still be talking to it.
+        # No rank leaves while others may still communicate with it.
         dist.barrier()
         dist.destroy_process_group()
         problem = None
-    except BaseException:  # noqa: BLE001  whatever it was, the test has to hear of it
+    except BaseException:  # noqa: BLE001  every error must reach the test
         result, problem = None, traceback.format_exc()
-    # Plainly pickled: as multiprocessing does it, tensors would be gone with the process.
+    # Plain pickle: multiprocessing's own would share the memory of tensors, which is gone with the process.
     end.send_bytes(pickle.dumps((result, problem)))

@@ -1,6 +1,6 @@
-"""Does once what takes every process of `support.ranks` seconds when it does it for the first time.
+"""Does once whatever would take each process of `support.ranks` seconds on first use.
 
-Imported by the process that they are forked from, which must not start threads.
+Imported by the fork server, which must not start threads.
 """
 
 import torch
@@ -21,7 +21,7 @@ model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
 parallelize_module(model, mesh["columns"], {"0": ColwiseParallel()})
 fully_shard(model, mesh=mesh["rows"])
 model(torch.ones(1, 2))
-# No backward pass: in a PyTorch for GPUs it starts threads.
+# No backward pass: in builds of PyTorch for GPUs it starts threads.
 for parameter in model.parameters():
     parameter.grad = torch.ones_like(parameter)
 GradientNormalizer(model, Clip(1.0)).normalize_()

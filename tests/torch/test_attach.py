@@ -9,7 +9,7 @@ from torch import nn
 from tamegrad import Clip, NonFiniteGradientError, Renormalize, SettingError, UnmatchedError
 from tamegrad.torch import attach, normalize_grad_
 
-# Every optimizer of torch.optim, found rather than listed, so that a new one is tested on the day it appears.
+# Every optimizer of torch.optim, found rather than listed, so that a new one is tested as soon as it appears.
 OPTIMIZERS = {
     name: optimizer
     for name, optimizer in inspect.getmembers(torch.optim, inspect.isclass)
@@ -98,7 +98,7 @@ def test_a_closure_is_evaluated_before_its_gradients_are_normalized(*, keyword: 
     assert normalizer.report.norms.min() > 1
 
 
-def test_detached_it_changes_nothing_and_keeps_its_report() -> None:
+def test_after_detach_it_changes_nothing_and_keeps_its_report() -> None:
     model = a_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     normalizer = attach(model, optimizer, Clip(1e-6))
@@ -187,7 +187,7 @@ def test_refuses_an_optimizer_of_another_model() -> None:
         attach(a_model(), torch.optim.SGD(a_model().parameters(), lr=0.1), Clip(1.0))
 
 
-def test_refuses_what_is_no_optimizer() -> None:
+def test_refuses_anything_but_an_optimizer() -> None:
     with pytest.raises(SettingError, match=r"^attach\(optimizer\): got a list; allowed: a torch.optim.Optimizer"):
         attach(a_model(), [], Clip(1.0))  # type: ignore[arg-type]
 

@@ -1,4 +1,4 @@
-"""The front doors for PyTorch against what Deeplearning4j made of the same gradients."""
+"""The front doors for PyTorch against Deeplearning4j's results for the same gradients."""
 
 import copy
 import math
@@ -38,7 +38,7 @@ def _by_hand(case: Case, model: nn.ModuleDict) -> Report[Tensor]:
 
 
 def _once(case: Case, model: nn.ModuleDict) -> Report[Tensor]:
-    """As a user of Deeplearning4j would write it: the strategy by its name, and a threshold."""
+    """As a Deeplearning4j user would write it: the name of the strategy, and a threshold."""
     return normalize_grad_(
         model,
         GradientNormalization(case.default.strategy),
@@ -71,7 +71,7 @@ def _loaded(case: Case) -> nn.ModuleDict:
 
 # All doors in one test: collecting and reporting a case costs as much as checking it.
 @pytest.mark.parametrize("case", gradient_cases(), ids=lambda case: case.label)
-def test_gradients_are_deeplearning4js(case: Case) -> None:
+def test_gradients_match_deeplearning4j(case: Case) -> None:
     model = build(case.layers, case.dtype)
     for door, normalize_ in DOORS.items():
         set_gradients(model, case.layers, case.before)
@@ -103,7 +103,7 @@ def test_edge_where_tamegrad_differs_on_purpose(door: str, case: Case) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES.values())
 @pytest.mark.parametrize("fill", ["nan", "infinite"])
-def test_one_nonfinite_layer_keeps_no_other_from_being_normalized(fill: str, dtype: str) -> None:
+def test_a_nonfinite_layer_does_not_stop_others_from_being_normalized(fill: str, dtype: str) -> None:
     layers, before = ALIKE[0].layers, mixed(fill, dtype)
     model = build(layers, dtype)
     set_gradients(model, layers, before)
@@ -132,7 +132,7 @@ _PLANS = {
 
 
 @pytest.mark.parametrize("network", _PLANS)
-def test_layers_and_parameter_types_are_deeplearning4js(network: str) -> None:
+def test_layers_and_parameter_types_match_deeplearning4j(network: str) -> None:
     case = next(case for case in gradient_cases() if case.network == network)
     plan = GradientNormalizer(build(case.layers, case.dtype), case.policy).plan
     assert {layer.name: layer.types for layer in plan.layers} == _PLANS[network]
@@ -141,7 +141,7 @@ def test_layers_and_parameter_types_are_deeplearning4js(network: str) -> None:
 
 
 def test_an_lstm_trained_with_two_biases_counts_its_bias_twice() -> None:
-    """Deeplearning4j has one bias: who trains PyTorch's two, whose gradients are equal, clips earlier than it would."""
+    """Deeplearning4j has one bias; PyTorch's two have equal gradients, so training both clips earlier."""
     case = next(case for case in gradient_cases() if case.network == "lstm")
     model = _loaded(case)
     one = GradientNormalizer(model, Renormalize(per="param_type")).normalize_()["first.l0/bias"].norm
@@ -154,8 +154,8 @@ def test_an_lstm_trained_with_two_biases_counts_its_bias_twice() -> None:
 
 
 @pytest.mark.parametrize("case", [c for c in gradient_cases() if c.network == "convolution"], ids=lambda c: c.label)
-def test_real_batch_norm_agrees_but_for_the_running_statistics(case: Case) -> None:
-    """A `BatchNorm2d` has no gradients for its statistics, so that they are not part of the layer's norm."""
+def test_real_batch_norm_agrees_except_for_the_running_statistics(case: Case) -> None:
+    """A `BatchNorm2d` has no gradients for its statistics, so they are not part of the layer's norm."""
     layer = next(layer for layer in case.layers if layer.kind == "BatchNormalization")
     before, after = case.before[layer.name], case.after[layer.name]
     model = _loaded(case)

@@ -1,4 +1,4 @@
-"""Deeplearning4j's training runs, retraced with `torch.nn`, `torch.optim` and `attach`."""
+"""Deeplearning4j's training runs, reproduced with `torch.nn`, `torch.optim` and `attach`."""
 
 from collections.abc import Callable, Iterable, Iterator
 
@@ -28,8 +28,8 @@ OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]]
 }
 
 
-def jumps_about(run: Run) -> bool:
-    """Whether a run amplifies rounding: a renormalized step never shrinks, and under momentum a converged run jumps.
+def oscillates(run: Run) -> bool:
+    """Returns whether a run amplifies rounding: renormalized steps never shrink, so momentum makes it oscillate.
 
     Only the dense network gets that far within 20 steps.
     """
@@ -37,15 +37,15 @@ def jumps_about(run: Run) -> bool:
 
 
 def tolerance(run: Run, step: int) -> float | None:
-    """How far parameters after a step, and losses up to it, may be off; None where rounding decides the outcome.
+    """Returns the allowed error of parameters after a step and of losses up to it; None if rounding decides them.
 
-    Relative to the largest value of an array: near zero, a parameter is the difference of larger numbers. The worst of
-    all runs is 1.7e-6 up to step 5 and 4e-6 at step 20 in float32 (losses: 3e-5), 5e-15 and 1.5e-13 in float64, and
-    2.5e-10 where a run jumps about.
+    It is relative to the largest value of an array: near zero, a parameter is the difference of larger numbers. The
+    worst of all runs is 1.7e-6 up to step 5 and 4e-6 at step 20 in float32 (losses: 3e-5), 5e-15 and 1.5e-13 in
+    float64, and 2.5e-10 if a run oscillates.
     """
     if step <= 5:
         return {"float32": 1e-5, "float64": 1e-12}[run.dtype]
-    if jumps_about(run):
+    if oscillates(run):
         return {"float32": None, "float64": 1e-6}[run.dtype]
     return {"float32": 3e-4, "float64": 1e-11}[run.dtype]
 
@@ -60,7 +60,7 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("run", training_runs(), ids=lambda run: run.label)
-def test_run_goes_as_in_deeplearning4j(run: Run) -> None:
+def test_run_matches_deeplearning4j(run: Run) -> None:
     model = build(run.layers, run.dtype)
     set_parameters(model, run.layers, run.arrays("start"))
     features, labels = (to_torch(load(run.file)[name], Order.SAME) for name in ("features0", "labels"))
@@ -94,7 +94,7 @@ def _loss(network: str, model: nn.ModuleDict, features: Tensor, labels: Tensor) 
 
 
 def assert_parameters_agree(run: Run, step: int, actual: Arrays) -> None:
-    """Raises unless all parameters after a step are Deeplearning4j's, where rounding does not decide them."""
+    """Asserts that all parameters after a step match Deeplearning4j's, unless rounding decides them."""
     allowed = tolerance(run, step)
     if allowed is None:
         return
@@ -105,15 +105,15 @@ def assert_parameters_agree(run: Run, step: int, actual: Arrays) -> None:
 
 
 def assert_losses_agree(run: Run, actual: list[float]) -> None:
-    """Raises unless the losses before each step are Deeplearning4j's, where rounding does not decide them."""
+    """Asserts that the losses before each step match Deeplearning4j's, unless rounding decides them."""
     assert len(actual) == len(run.score) == STEPS
     for step, (loss, expected) in enumerate(zip(actual, run.score, strict=True)):
         allowed, error = tolerance(run, step), relative_error(np.array(loss), expected)
         assert allowed is None or error <= allowed, f"{run.label}: loss after step {step}: relative error {error:.3g}"
 
 
-def test_all_that_is_left_out_is_decided_by_rounding() -> None:
-    """Two runs in float32 after step 5; there Deeplearning4j's own two dtypes have come apart as well."""
+def test_only_runs_decided_by_rounding_are_left_out() -> None:
+    """Two float32 runs after step 5, where Deeplearning4j's own float32 and float64 runs have diverged too."""
     twins = {(run.network, run.id): run for run in training_runs() if run.dtype == "float64"}
     left_out = {(run.label, step) for run in training_runs() for step in CHECKED_AFTER if tolerance(run, step) is None}
     rules = ("RenormalizeL2PerLayer", "RenormalizeL2PerParamType")
@@ -126,7 +126,7 @@ def test_all_that_is_left_out_is_decided_by_rounding() -> None:
 
 
 def _apart(first: Run, second: Run, step: int) -> float:
-    """How far two runs are from each other after a step."""
+    """Returns the distance between two runs after a step."""
     theirs = second.after_step(step)
     ours = first.after_step(step)
     return max(

@@ -19,7 +19,7 @@ from tamegrad.torch.memory import overlaps_itself
 
 @pytest.fixture(autouse=True, params=QUICK_BACKENDS)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Takes each backend in turn, where a test does not ask for one."""
+    """Runs every test on each backend, unless the test asks for one."""
 
     def selected(name: str, parameters: Iterable[Tensor]) -> SelectedBackend:
         return select(request.param if name == "auto" else name, parameters)
@@ -31,7 +31,7 @@ STRATEGIES = [Clip(1.0), ClipValue(0.5), Renormalize(), Clip(1.0, per="model"), 
 
 
 def model_with(*gradients: Tensor) -> Any:
-    """A model whose parameters `p0`, `p1`, ... have these gradients."""
+    """Returns a model whose parameters `p0`, `p1`, ... have these gradients."""
     model = nn.Module()
     for index, gradient in enumerate(gradients):
         dense = gradient.layout in {torch.strided, torch.sparse_coo}
@@ -43,7 +43,7 @@ def model_with(*gradients: Tensor) -> Any:
 
 
 def sparse_gradient(*, coalesced: bool) -> Tensor:
-    """Rows 1, 4 and once more 1 of five rows of two values."""
+    """Returns a gradient of five rows of two values, with entries in rows 1, 4 and again 1."""
     values = torch.tensor([[3.0, 0.0], [0.0, -8.0], [1.0, 1.0]])
     gradient = torch.sparse_coo_tensor(torch.tensor([[1, 4, 1]]), values, (5, 2), check_invariants=True)
     return gradient.coalesce() if coalesced else gradient
@@ -51,7 +51,7 @@ def sparse_gradient(*, coalesced: bool) -> Tensor:
 
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
 @pytest.mark.parametrize("coalesced", [False, True])
-def test_a_sparse_gradient_gives_what_the_dense_one_gives(strategy: Any, *, coalesced: bool) -> None:
+def test_a_sparse_gradient_matches_the_dense_one(strategy: Any, *, coalesced: bool) -> None:
     sparse, dense = (
         model_with(sparse_gradient(coalesced=coalesced)),
         model_with(sparse_gradient(coalesced=True).to_dense()),
@@ -135,7 +135,7 @@ def test_memory_around_a_gradient_is_not_touched(strategy: Any) -> None:
     assert (around[inside] < 9.0).all()
 
 
-def test_a_channels_last_gradient_stays_so() -> None:
+def test_a_channels_last_gradient_stays_channels_last() -> None:
     gradient = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0)).to(memory_format=torch.channels_last)
     expected = gradient / gradient.double().norm()
     model = model_with(gradient)
@@ -146,7 +146,7 @@ def test_a_channels_last_gradient_stays_so() -> None:
 
 
 @pytest.mark.parametrize("strategy", [Clip(1.0), Clip(1.0, per="tensor"), Renormalize(per="model")], ids=str)
-def test_one_gradient_of_two_parameters_is_measured_and_scaled_once(strategy: Any) -> None:
+def test_a_gradient_that_two_parameters_share_is_measured_and_scaled_once(strategy: Any) -> None:
     shared = torch.tensor([3.0, 4.0])
     for second in (shared, shared.view(2), shared.view(1, 2)):
         model = model_with(shared.copy_(torch.tensor([3.0, 4.0])), second)
@@ -156,14 +156,14 @@ def test_one_gradient_of_two_parameters_is_measured_and_scaled_once(strategy: An
 
 
 @pytest.mark.parametrize("gradient", [sparse_gradient(coalesced=False), torch.tensor([2.0]).expand(3, 4)])
-def test_one_gradient_that_is_replaced_is_replaced_for_all(gradient: Tensor) -> None:
+def test_a_shared_gradient_that_is_replaced_is_replaced_for_all_parameters(gradient: Tensor) -> None:
     model = model_with(gradient, gradient)
     normalize_grad_(model, Renormalize())
     assert model.p0.grad is model.p1.grad
     assert model.p0.grad.to_dense().norm().item() == pytest.approx(1.0)
 
 
-def test_views_of_one_bucket_are_gradients_of_their_own() -> None:
+def test_views_of_one_bucket_are_separate_gradients() -> None:
     bucket = torch.tensor([3.0, 4.0, 6.0, 8.0])
     report = normalize_grad_(model_with(bucket[:2], bucket[2:]), Clip(1.0, per="tensor"))
     assert report.norms.tolist() == [5.0, 10.0]
@@ -186,7 +186,7 @@ def test_many_equal_values_have_the_right_norm(dtype: torch.dtype) -> None:
     ],
 )
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state:UserWarning")
-def test_a_kind_that_it_cannot_treat_is_refused_before_anything_is_changed(
+def test_an_unsupported_kind_of_gradient_is_refused_before_anything_changes(
     make: Callable[[], Tensor], kind: str
 ) -> None:
     model = model_with(torch.tensor([3.0, 4.0]), make())
@@ -202,7 +202,7 @@ def test_overlap_is_found_in_any_strides(data: st.DataObject) -> None:
     places = torch.as_strided(torch.arange(100), shape, strides).flatten().tolist()
     overlaps = len(places) != len(set(places))
     found = overlaps_itself(torch.as_strided(torch.zeros(100), shape, strides))
-    # Interleaved strides that happen not to meet may be called overlapping: a copy is made then, which is right too.
+    # Interleaved strides that happen not to collide may count as overlapping: a copy is made then, which is right too.
     assert found or not overlaps
     if not overlaps and torch.zeros(shape).stride() == tuple(strides):
         assert not found
@@ -217,7 +217,7 @@ def test_a_complex_zero_keeps_its_sign(strategy: Any) -> None:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
-def test_a_conjugate_that_is_put_off_is_what_it_means(strategy: Any) -> None:
+def test_a_lazy_conjugate_is_normalized_correctly(strategy: Any) -> None:
     values = torch.tensor([3.0 + 4.0j, 1.0 - 2.0j])
     lazy, plain = model_with(values.conj()), model_with(values.conj().resolve_conj())
     assert lazy.p0.grad.is_conj()
@@ -225,7 +225,7 @@ def test_a_conjugate_that_is_put_off_is_what_it_means(strategy: Any) -> None:
     assert torch.equal(lazy.p0.grad.resolve_conj(), plain.p0.grad)
 
 
-def test_a_negation_that_is_put_off_is_what_it_means() -> None:
+def test_a_lazy_negation_is_normalized_correctly() -> None:
     lazy = model_with(torch.tensor([0.0 + 3.0j, 0.0 - 4.0j]).conj().imag)
     assert lazy.p0.grad.is_neg()
     assert normalize_grad_(lazy, Clip(1.0))["(root)"].norm == 5.0

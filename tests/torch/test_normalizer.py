@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tamegrad import (
     Clip,
@@ -26,7 +26,7 @@ from tamegrad.torch import GradientNormalizer, attach, normalize_grad_
 
 
 def two_layers(first: list[float], second: list[float]) -> Any:
-    """A model whose layers `a` and `b` have these gradients."""
+    """Returns a model whose layers `a` and `b` have these gradients."""
     model = nn.ModuleDict()
     for name, values in {"a": first, "b": second}.items():
         model[name] = nn.Module()
@@ -80,7 +80,7 @@ def test_a_report_is_a_snapshot() -> None:
 
 
 @pytest.mark.parametrize("backend", ["cpu", "foreach"])
-def test_a_report_can_be_copied_and_pickled_read_or_not(backend: Any) -> None:
+def test_a_report_can_be_copied_and_pickled(backend: Any) -> None:
     normalizer = GradientNormalizer(two_layers([3.0, 4.0], [1.0, 0.0]), Clip(1.0), backend=backend)
     ways: list[Callable[[Any], Any]] = [
         copy.copy,
@@ -95,7 +95,7 @@ def test_a_report_can_be_copied_and_pickled_read_or_not(backend: Any) -> None:
         assert not hasattr(report, "norm")
 
 
-def test_a_report_is_of_the_loss_scale_of_its_step() -> None:
+def test_a_report_keeps_the_loss_scale_of_its_step() -> None:
     model = two_layers([3.0, 4.0], [1.0, 0.0])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=1)
@@ -108,14 +108,14 @@ def test_a_report_is_of_the_loss_scale_of_its_step() -> None:
     assert normalizer.report.norms.tolist() == [1.25, 0.25]
 
 
-def test_a_parameter_without_a_gradient_counts_as_nothing() -> None:
+def test_a_parameter_without_a_gradient_adds_nothing() -> None:
     model = two_layers([3.0, 4.0], [1.0, 0.0])
     model["b"].weight.grad = None
     report = normalize_grad_(model, Renormalize(per="model"))
     assert report["model"].norm == 5.0
 
 
-def test_a_step_without_any_gradient_is_said_once() -> None:
+def test_a_step_without_any_gradient_warns_once() -> None:
     model = two_layers([3.0, 4.0], [1.0, 0.0])
     model.zero_grad()
     normalizer = GradientNormalizer(model, Renormalize())
@@ -158,7 +158,7 @@ def test_takes_policies_members_and_thresholds() -> None:
 
 
 @pytest.mark.parametrize("policy", [Clip(1.0), Policy(Clip(1.0)), None])
-def test_refuses_a_threshold_beside_what_has_its_own(policy: object) -> None:
+def test_refuses_a_threshold_together_with_a_strategy_or_policy(policy: object) -> None:
     with pytest.raises(SettingError, match=r"^normalize_grad_\(threshold\): got 2.0 together with .*next: leave"):
         normalize_grad_(two_layers([1.0], [1.0]), policy, threshold=2.0)
 
@@ -177,7 +177,9 @@ def test_refuses_a_threshold_beside_what_has_its_own(policy: object) -> None:
         ),
     ],
 )
-def test_refuses_bad_settings_when_made(settings: dict[str, object], error: type[Exception], message: str) -> None:
+def test_refuses_bad_settings_at_construction(
+    settings: dict[str, object], error: type[Exception], message: str
+) -> None:
     model = two_layers([3.0, 4.0], [1.0, 0.0])
     with pytest.raises(error, match=message):
         normalize_grad_(model, Clip(1.0), **settings)  # type: ignore[arg-type]
@@ -210,7 +212,7 @@ def test_touches_nothing_where_nothing_is_clipped(monkeypatch: pytest.MonkeyPatc
         normalize_grad_(model, Clip(1.0), backend="foreach")
 
 
-def test_counts_skipped_steps_and_the_steps_in_which_a_group_was_not_finite() -> None:
+def test_counts_skipped_steps_and_nonfinite_steps_of_each_group() -> None:
     model = two_layers([math.nan, 4.0], [1.0, 0.0])
     keeping = GradientNormalizer(model, Clip(1.0))
     skipping = GradientNormalizer(model, Clip(1.0), on_nonfinite="skip")
@@ -239,7 +241,7 @@ def test_follows_a_model_that_changes() -> None:
     assert normalizer.normalize_()["a"].norm == 0.0
 
 
-def test_follows_a_model_that_counts_as_false() -> None:
+def test_follows_a_model_that_is_falsy() -> None:
     model = nn.ModuleList()
     model.scale = nn.Parameter(torch.zeros(1))
     normalizer = GradientNormalizer(model, Clip(1.0))
@@ -264,7 +266,7 @@ def test_a_model_that_moves_to_another_device_gets_the_backend_for_it() -> None:
     assert normalizer.backend.name == "cpu"
 
 
-def test_merged_layers_of_a_model_that_changes_do_not_complain() -> None:
+def test_a_merged_layer_that_disappears_later_is_not_an_error() -> None:
     model = two_layers([3.0, 4.0], [1.0, 0.0])
     normalizer = GradientNormalizer(model, Clip(1.0), layers=["b"])
     del model["b"]

@@ -102,7 +102,7 @@ def update_state(layer: nn.Module, other: nn.Module) -> None:
     layer.__dict__.update(other.__dict__)
 
 
-def set_state(layer: nn.Module, other: nn.Module) -> None:
+def set_state(layer: Any, other: nn.Module) -> None:
     layer.__setstate__(dict(other.__dict__))
 
 

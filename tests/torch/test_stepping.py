@@ -62,7 +62,7 @@ def assert_same(ours: nn.Module, theirs: nn.Module, rtol: float = 0.0) -> None:
 
 
 def stepped_by_hand(strategy: Any, make: Any, steps: int = 1) -> nn.Module:
-    """A model trained with gradients that the reference normalized."""
+    """Returns a model trained with gradients that the reference normalized."""
     model: nn.Module = a_model()
     optimizer = make(model.parameters())
     for step in range(steps):
@@ -86,7 +86,7 @@ def stepped_by_hand(strategy: Any, make: Any, steps: int = 1) -> nn.Module:
 
 
 class TestGradScaler:
-    """The optimizer sees what the reference gives for the gradient without the loss scale."""
+    """The optimizer sees what the reference returns for the gradients without the loss scale."""
 
     @pytest.mark.parametrize("unscales", [False, True])
     @pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
@@ -161,7 +161,7 @@ class TestGradScaler:
         attach(model, optimizer, Clip(0.5), on_nonfinite="raise")
         scaler.scale(loss_of(model)).backward()
         scaler.unscale_(optimizer)
-        # Infinite only after the scaler has looked: it would not skip this step.
+        # Infinite only after the scaler has checked: it does not skip this step.
         model[0].weight.grad[0, 0] = math.inf
         with pytest.raises(NonFiniteGradientError):
             scaler.step(optimizer)
@@ -173,7 +173,7 @@ class TestGradScaler:
         assert not torch.equal(model[0].weight, a_model()[0].weight)
 
 
-def test_only_the_real_step_of_an_accumulation_is_normalized() -> None:
+def test_accumulated_gradients_are_normalized_only_at_the_step() -> None:
     model = a_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     attach(model, optimizer, Clip(0.5, per="model"))
@@ -212,7 +212,7 @@ class Failing(torch.optim.SGD):
 @pytest.mark.parametrize("use_closure", [False, True])
 def test_a_subclass_that_calls_its_base_is_normalized_once(*, use_closure: bool) -> None:
     model = a_model()
-    torch.optim.SGD(model.parameters(), lr=0.1)  # from the first instance on, the base's step calls hooks as well
+    torch.optim.SGD(model.parameters(), lr=0.1)  # once the base class has an instance, its step calls hooks too
     optimizer = Decaying(model.parameters(), lr=0.1)
     attach(model, optimizer, Clip(0.5, per="model"))
     loss_of(model).backward()
@@ -223,12 +223,12 @@ def test_a_subclass_that_calls_its_base_is_normalized_once(*, use_closure: bool)
         optimizer.step()
     if not use_closure:
         total = math.sqrt(sum(gradient.square().sum().item() for gradient in gradients(model)))
-        assert total > 10 * 0.5, "the decay that was added after normalizing was clipped away"
+        assert total > 10 * 0.5, "the decay added after normalizing was clipped"
     assert not torch.equal(before[0], model[0].weight)
 
 
 @pytest.mark.parametrize("on_nonfinite", ["keep", "skip"])
-def test_a_step_that_raised_does_not_end_the_matter(on_nonfinite: Any) -> None:
+def test_steps_after_one_that_raised_are_normalized(on_nonfinite: Any) -> None:
     model = a_model()
     torch.optim.SGD(model.parameters(), lr=0.1)
     optimizer = Failing(model.parameters(), lr=0.1)
@@ -278,7 +278,7 @@ def test_every_evaluation_of_lbfgs_sees_normalized_gradients(search: str | None)
     assert total == pytest.approx(1.0)
 
 
-def test_learning_rate_schedulers_go_on_working() -> None:
+def test_learning_rate_schedulers_keep_working() -> None:
     model = a_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
@@ -309,7 +309,7 @@ def test_a_compiled_model_has_the_names_of_the_model() -> None:
     assert normalizer.report.clipped.tolist() == [True, False]
 
 
-def test_copies_of_an_optimizer_are_not_attached_and_its_state_is_its_own() -> None:
+def test_copies_of_an_optimizer_and_of_its_state_are_not_attached() -> None:
     model = a_model()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
     attach(model, optimizer, Clip(1e-6))
@@ -326,8 +326,8 @@ def test_copies_of_an_optimizer_are_not_attached_and_its_state_is_its_own() -> N
         assert all(parameter.grad.eq(1).all() for parameter in other.param_groups[0]["params"])
 
 
-class TestNeverInSilence:
-    """It never does nothing, or the same thing twice, without a word."""
+class TestNeverSilent:
+    """It never does nothing, or the same thing twice, without a warning or an error."""
 
     def test_a_step_without_any_gradient(self) -> None:
         model = a_model()
@@ -370,7 +370,7 @@ class TestNeverInSilence:
         assert normalizer.report is not None
         assert normalizer.report.groups == ("0", "2")
 
-    def test_a_group_that_is_added_is_followed(self) -> None:
+    def test_an_added_parameter_group_is_followed(self) -> None:
         model = a_model()
         optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
         normalizer = attach(model, optimizer, Clip(0.5), overrides={"2": Clip(0.25)})
@@ -383,7 +383,7 @@ class TestNeverInSilence:
 
 @pytest.fixture
 def process_group(tmp_path: Path) -> Iterator[None]:
-    """A process group of this process alone."""
+    """A process group of only this process."""
     timeout = dt.timedelta(seconds=60)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1, timeout=timeout

@@ -148,6 +148,13 @@ def _as_python(strategy: Strategy) -> str:
             return f'Clip({_number(threshold)}, per="{per}")'
         case ClipValue(threshold=threshold):
             return f"ClipValue({_number(threshold)})"
+        case _:
+            raise SettingError(
+                "policy_as_python(policy)",
+                got=f"a {type(strategy).__name__}",
+                allowed="the strategies of tamegrad",
+                advice="write the policy by hand, and import that class",
+            )
 
 
 def _number(threshold: float) -> str:

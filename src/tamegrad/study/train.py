@@ -80,17 +80,16 @@ class _Strategy:
         self._threshold = run.threshold if run.strategy == TORCH_GLOBAL else None
         strategy = strategy_of(run.strategy, run.threshold)
         # Training without a strategy, or with PyTorch's clip, needs no layer norms: measuring them is not timed.
-        self._untimed = isinstance(strategy, Keep) or self._threshold is not None
-        self._normalizer: GradientNormalizer = (
-            GradientNormalizer(network, Keep()) if self._untimed else attach(network, optimizer, strategy)
-        )
+        untimed = isinstance(strategy, Keep) or self._threshold is not None
+        self._measuring = GradientNormalizer(network, Keep()) if untimed else None
+        self._normalizer = self._measuring or attach(network, optimizer, strategy)
         self.layers = tuple(layer.name for layer in self._normalizer.plan.layers)
         self._layer_of = [self.layers.index(group.name.split("/")[0]) for group in self._normalizer.plan.groups]
 
     def measure_untimed(self) -> None:
         """Measures the layers if the strategy does not; not timed."""
-        if self._untimed:
-            self._normalizer.normalize_()
+        if self._measuring is not None:
+            self._measuring.normalize_()
 
     def apply(self) -> None:
         """Applies PyTorch's clip; other strategies run inside the optimizer's step. Timed."""

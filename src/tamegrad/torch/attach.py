@@ -19,7 +19,7 @@ from tamegrad.torch.model.planning import Model
 from tamegrad.torch.model.selection import Selection
 from tamegrad.torch.model.unsupported import refuse_deepspeed
 from tamegrad.torch.normalizer import GradientNormalizer
-from tamegrad.torch.settings import Keywords, Settings
+from tamegrad.torch.settings import Keywords
 
 __all__ = ["AttachedNormalizer", "attach"]
 
@@ -41,8 +41,8 @@ def attach(
         model: The model, or pairs of a name and a parameter.
         optimizer: Any optimizer of `torch.optim`, or a subclass of `torch.optim.Optimizer`.
         policy: A `Policy`, a strategy, or a member of `GradientNormalization` (threshold 1.0).
-        **settings: As in `GradientNormalizer`. `on_nonfinite="skip"` here skips the optimizer's step: neither parameters
-            nor the optimizer's state change. `LBFGS` cannot skip a step.
+        **settings: As in `GradientNormalizer`. `on_nonfinite="skip"` here skips the optimizer's step: neither
+            parameters nor the optimizer's state change. `LBFGS` cannot skip a step.
 
     Returns:
         The attached normalizer: `report` is of the last step; call `detach()` to remove it.
@@ -68,26 +68,31 @@ def attach(
         True
         >>> normalizer.detach()
     """
-    checked = Settings.of(policy, **settings)
-    _check(optimizer, checked)
-    return AttachedNormalizer(model, optimizer, checked)
+    _check(optimizer)
+    normalizer = GradientNormalizer(model, policy, parameters=_HeldParameters(optimizer), **settings)
+    if normalizer.settings.on_nonfinite == "skip" and isinstance(optimizer, torch.optim.LBFGS):
+        raise SettingError(
+            "attach(on_nonfinite)",
+            got='"skip" with LBFGS, whose step changes its state whatever the gradients are',
+            allowed='"keep", "zero" or "raise" with LBFGS',
+            advice='pass on_nonfinite="zero" or "raise"',
+        )
+    return AttachedNormalizer(normalizer, optimizer)
 
 
 class AttachedNormalizer:
     """A `GradientNormalizer` that an optimizer calls; `attach` makes it.
 
     Args:
-        model: The model, or pairs of a name and a parameter.
-        optimizer: The optimizer, without a normalizer so far.
-        settings: What the user set.
+        normalizer: The normalizer.
+        optimizer: The optimizer.
     """
 
-    def __init__(self, model: Model, optimizer: torch.optim.Optimizer, settings: Settings) -> None:
+    def __init__(self, normalizer: GradientNormalizer, optimizer: torch.optim.Optimizer) -> None:
+        self._normalizer = normalizer
         self._optimizer = optimizer
-        self._settings = settings
         self._hidden: list[tuple[nn.Parameter, Tensor]] = []
         self._outermost: FrameType | None = None
-        self._normalizer = GradientNormalizer._selecting(model, settings, _HeldParameters(optimizer))  # noqa: SLF001
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -161,7 +166,9 @@ class AttachedNormalizer:
         # torch.amp.GradScaler leaves it to a fused optimizer to divide by the loss scale and to skip on infinity.
         loss_scale = getattr(self._optimizer, "grad_scale", None)
         found_inf = getattr(self._optimizer, "found_inf", None)
-        scaler_skips = found_inf is not None and self._settings.on_nonfinite in {"skip", "raise"} and bool(found_inf)
+        scaler_skips = (
+            found_inf is not None and self._normalizer.settings.on_nonfinite in {"skip", "raise"} and bool(found_inf)
+        )
         try:
             report = self._normalizer._normalize(loss_scale, scaler_skips=scaler_skips)  # noqa: SLF001
         except NonFiniteGradientError:
@@ -190,7 +197,7 @@ class AttachedNormalizer:
 _attached: WeakSet[torch.optim.Optimizer] = WeakSet()
 
 
-def _check(optimizer: torch.optim.Optimizer, settings: Settings) -> None:
+def _check(optimizer: torch.optim.Optimizer) -> None:
     """Refuses what cannot be attached to."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise SettingError(
@@ -207,13 +214,6 @@ def _check(optimizer: torch.optim.Optimizer, settings: Settings) -> None:
             allowed="one normalizer an optimizer",
             advice="detach() the first one, or put both strategies into one policy: overrides={...}",
         )
-    if settings.on_nonfinite == "skip" and isinstance(optimizer, torch.optim.LBFGS):
-        raise SettingError(
-            "attach(on_nonfinite)",
-            got='"skip" with LBFGS, whose step changes its state whatever the gradients are',
-            allowed='"keep", "zero" or "raise" with LBFGS',
-            advice='pass on_nonfinite="zero" or "raise"',
-        )
 
 
 class _HeldParameters(Selection):
@@ -228,7 +228,7 @@ class _HeldParameters(Selection):
         self._held: list[nn.Parameter] = []
         self._unowned = 0
 
-    def of(self, layers: ModelLayers) -> ModelLayers:
+    def apply(self, layers: ModelLayers) -> ModelLayers:
         """Returns the layers with what the optimizer holds now."""
         self._held = _held_by(self._optimizer)
         selected = layers.restricted_to(self._held)

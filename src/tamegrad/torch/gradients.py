@@ -1,7 +1,7 @@
 """Collects the gradients of a step as dense tensors that every backend can read and write in place, each once."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -11,7 +11,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tamegrad.errors import SettingError
-from tamegrad.torch.memory import DTYPES, Memory, is_dense, is_lazy, overlaps_itself, owns_memory
+from tamegrad.torch.memory import (
+    DTYPES,
+    HeldMemory,
+    Memory,
+    is_dense,
+    is_lazy,
+    mark_changed,
+    overlaps_itself,
+    owns_memory,
+)
 from tamegrad.torch.sharded.partial import with_placements_of
 from tamegrad.torch.sharded.sharding import local_part, mesh_of, with_local_part
 
@@ -65,12 +74,38 @@ class Gradients:
     @cached_property
     def on_host(self) -> bool:
         """Whether all values are in memory of the CPU."""
-        if type(None) in set(map(type, self.values)):
-            devices = {values.get_device() for values in self.values if values is not None}
-        else:
-            devices = set(map(Tensor.get_device, self.values))  # type: ignore[arg-type]  # none is None
-        # Meta tensors have no number either, but no addresses.
-        return devices <= {-1} and bool(((self.memory.addresses != 0) | (self.memory.counts == 0)).all())
+        # Meta tensors have values, but no addresses. Where there is no accelerator, no other tensors are elsewhere.
+        memory = self.memory
+        readable = bool(memory.addresses.all() or ((memory.addresses != 0) | (memory.counts == 0)).all())
+        return readable and (not _may_be_elsewhere() or all(_is_on_host(values) for values in self.values))
+
+    def to_write(self, changed: NDArray[np.bool_]) -> HeldMemory:
+        """Looks up again where gradients are that change, for a backend that writes by address, and tells autograd.
+
+        Args:
+            changed: One a parameter of the plan: whether its gradient changes.
+
+        Returns:
+            Where those gradients are now, one entry a parameter of the plan: code that ran since they were measured may
+            have given them other memory. It stays allocated as long as the result is alive.
+
+        Raises:
+            SettingError: If one has another size or dtype than when it was measured; nothing was changed.
+        """
+        positions = np.flatnonzero(changed & (self.memory.dtypes >= 0))
+        tensors: list[Any] = [self.values[position] for position in positions.tolist()]
+        held = HeldMemory.of(tensors)
+        now, same = held.memory, held.is_held
+        same &= (now.counts == self.memory.counts[positions]) & (now.dtypes == self.memory.dtypes[positions])
+        if not same.all():
+            raise SettingError(
+                "normalize_()",
+                got="a gradient that changed its size or dtype while it was normalized",
+                allowed="gradients that no other thread, signal handler or finalizer replaces in the meantime",
+                advice="let the other code wait until the optimizer step is done",
+            )
+        mark_changed(tensors)
+        return replace(held, memory=now.scattered(positions, len(changed)))
 
     def refuse_unwritable(self, changed: NDArray[np.bool_], names: Sequence[str]) -> None:
         """Refuses to change inference tensors outside of inference mode, as PyTorch does.
@@ -125,10 +160,12 @@ def collect(parameters: Sequence[nn.Parameter], names: Sequence[str], *, sharded
     """
     gradients: list[Any] = [parameter.grad for parameter in parameters]
     copies: dict[int, Copy] = {}
-    if sharded or set(map(type, gradients)) - {Tensor, type(None)}:
+    classes = set(map(type, gradients))
+    if sharded or classes - {Tensor, type(None)}:
         gradients = _plain_parts(parameters, gradients, names, copies)
+        classes.add(type(None))
     sparse: dict[int, Tensor] = {}
-    positions, present = _present(gradients)
+    positions, present = _present(gradients) if type(None) in classes else (np.arange(len(gradients)), gradients)
     try:
         memory = Memory.of(present)
     except RuntimeError:
@@ -146,8 +183,7 @@ def collect(parameters: Sequence[nn.Parameter], names: Sequence[str], *, sharded
         for position in {*(places[index] for index in unusual), *sparse}:
             if gradients[position] is not None:
                 holders = [parameters[position], *sharing.get(position, [])]
-                held = bool(memory.held[places.index(position)])
-                copy = _copied(names[position], gradients[position], sparse.get(position), holders, held=held)
+                copy = _copied(names[position], gradients[position], sparse.get(position), holders)
                 if copy is not None:
                     copies[position] = copy
                     gradients[position] = copy.values
@@ -158,10 +194,17 @@ def collect(parameters: Sequence[nn.Parameter], names: Sequence[str], *, sharded
     return Gradients(gradients, memory, copies)
 
 
+def _may_be_elsewhere() -> bool:
+    """Returns whether a tensor may be on an accelerator; before PyTorch 2.6, which cannot tell, that it may."""
+    return not hasattr(torch, "accelerator") or torch.accelerator.is_available()
+
+
+def _is_on_host(values: Tensor | None) -> bool:
+    return values is None or values.device.type == "cpu"
+
+
 def _present(gradients: list[Any]) -> tuple[NDArray[np.int64], list[Tensor]]:
-    """Returns the gradients that there are, and their positions."""
-    if type(None) not in set(map(type, gradients)):
-        return np.arange(len(gradients)), gradients
+    """Returns the positions of the gradients that there are, and the gradients."""
     positions = [position for position, gradient in enumerate(gradients) if gradient is not None]
     return np.array(positions, dtype=np.int64), [gradients[position] for position in positions]
 
@@ -239,29 +282,16 @@ def _replace_sparse(gradients: list[Any], names: Sequence[str]) -> dict[int, Ten
     return sparse
 
 
-def _copied(
-    name: str, values: Tensor, sparse: Tensor | None, holders: list[nn.Parameter], *, held: bool
-) -> Copy | None:
-    """Returns a dense copy of a gradient that cannot be read and written in place; None if it can.
-
-    Args:
-        name: Of the parameter.
-        values: The gradient, or the values of a sparse one.
-        sparse: The sparse one.
-        holders: The parameters whose gradient it is.
-        held: Whether its memory is still what it was a moment ago.
-    """
+def _copied(name: str, values: Tensor, sparse: Tensor | None, holders: list[nn.Parameter]) -> Copy | None:
+    """Returns a dense copy of a gradient, or of a sparse one with these values; None if its values can be used."""
     _check(name, values)
-    usable = held and is_dense(values) and not is_lazy(values)
+    is_usable = is_dense(values) and not is_lazy(values)
     if sparse is not None:
-        if usable and sparse.is_coalesced():
-            return None
-        return Copy(sparse.clone().coalesce(), None, holders)
-    if usable:
+        return None if is_usable and sparse.is_coalesced() else Copy(sparse.clone().coalesce(), None, holders)
+    if is_usable:
         return None
-    replaces = is_lazy(values) or overlaps_itself(values)
     dense = values.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
-    return Copy(dense, None if replaces else values, holders)
+    return Copy(dense, None if is_lazy(values) or overlaps_itself(values) else values, holders)
 
 
 def _check_mesh(name: str, parameter: nn.Parameter, mesh: object) -> None:

@@ -15,7 +15,7 @@ from tamegrad.strategies import GradientNormalization
 from tamegrad.torch.backends import SelectedBackend
 from tamegrad.torch.gradients import Gradients
 from tamegrad.torch.model.planning import Model, Planner
-from tamegrad.torch.model.selection import GivenParameters, Selection
+from tamegrad.torch.model.selection import Selection
 from tamegrad.torch.settings import Keywords, Settings
 from tamegrad.torch.step import Step
 
@@ -54,6 +54,7 @@ class GradientNormalizer:
     A copy (`copy.deepcopy`, pickle) works on its own copy of the model. Several threads may share a normalizer.
 
     Attributes:
+        settings: What was set.
         report: What the last step did; None before the first.
         skipped_steps: How many steps were skipped so far because of non-finite gradients.
 
@@ -81,28 +82,17 @@ class GradientNormalizer:
         model: Model,
         policy: object,
         *,
-        parameters: Iterable[nn.Parameter] | None = None,
+        parameters: Iterable[nn.Parameter] | Selection | None = None,
         **settings: Unpack[Keywords],
     ) -> None:
-        selection = Selection() if parameters is None else GivenParameters(parameters)
-        self._set_up(model, Settings.of(policy, **settings), selection)
-
-    @classmethod
-    def _selecting(cls, model: Model, settings: Settings, selection: Selection) -> "GradientNormalizer":
-        """Makes one from settings that were checked, for parameters that may change."""
-        normalizer = cls.__new__(cls)
-        normalizer._set_up(model, settings, selection)
-        return normalizer
-
-    def _set_up(self, model: Model, settings: Settings, selection: Selection) -> None:
+        self.settings = Settings.of(policy, **settings)
         self.report: Report[Tensor] | None = None
         self.skipped_steps = 0
-        self._settings = settings
         self._warned_no_gradient = False
         self._nonfinite_before: Counter[str] = Counter()
-        self._planner = Planner(model, settings.policy, settings.layers, settings.process_groups, selection)
+        self._planner = Planner(model, self.settings, Selection.of(parameters))
         self._planned = self._planner.first_plan()
-        self._step = Step(self._planned, settings)
+        self._step = Step(self._planned, self.settings)
 
     @property
     def plan(self) -> Plan:
@@ -150,7 +140,7 @@ class GradientNormalizer:
         gradients = step.collect()
         self._warn_without_gradients(gradients)
         decision, stopped = step.decide(gradients, loss_scale)
-        if stopped and self._settings.on_nonfinite == "raise" and not scaler_skips:
+        if stopped and self.settings.on_nonfinite == "raise" and not scaler_skips:
             raise step.nonfinite_error(gradients)
         if stopped:
             self.skipped_steps += 1
@@ -162,7 +152,7 @@ class GradientNormalizer:
     def _plan_anew(self) -> None:
         # If the ranks do not agree, the step that was made before stays whole.
         planned = self._planner.new_plan()
-        step = Step(planned, self._settings)
+        step = Step(planned, self.settings)
         self._nonfinite_before += self._nonfinite_since()
         self._planned, self._step = planned, step
 
@@ -172,8 +162,10 @@ class GradientNormalizer:
         return Counter({group.name: count for group, count in counts if count})
 
     def _warn_without_gradients(self, gradients: Gradients) -> None:
-        if not self._warned_no_gradient and not gradients.memory.counts.any() and not any(
-            values is not None for values in gradients.values
+        if (
+            not self._warned_no_gradient
+            and not gradients.memory.counts.any()
+            and not any(values is not None for values in gradients.values)
         ):
             self._warned_no_gradient = True
             warnings.warn(

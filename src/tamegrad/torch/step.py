@@ -92,6 +92,8 @@ class Step:
         Raises:
             SettingError: If a gradient cannot be changed; none was.
         """
+        if decision.first is None:
+            return
         on_host = isinstance(decision.first, np.ndarray)
         changed = self._changed(decision) if on_host else np.ones(len(self.parameters), dtype=np.bool_)
         if changed.any():
@@ -148,5 +150,6 @@ class Step:
 def _as_tensor(array: Any) -> Tensor:  # noqa: ANN401  an array of NumPy or PyTorch
     if isinstance(array, Tensor):
         return array
-    tensor: Tensor = torch.from_numpy(np.asarray(array))
+    # The total norm is a number.
+    tensor: Tensor = torch.from_numpy(array if isinstance(array, np.ndarray) else np.asarray(array))
     return tensor

@@ -1,4 +1,4 @@
-"""The CPU backend where it can go wrong: bounds, threads, memory that is not its own, and a Python without Numba."""
+"""Where the CPU backend can go wrong: bounds, threads, memory around gradients, and a Python without Numba."""
 
 import ctypes
 import math
@@ -41,7 +41,7 @@ def _restore_threads() -> Iterator[None]:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
-def test_any_number_of_threads_of_any_kind_gives_the_same_bits(
+def test_any_number_and_kind_of_threads_gives_the_same_bits(
     strategy: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results = []
@@ -57,7 +57,7 @@ def test_any_number_of_threads_of_any_kind_gives_the_same_bits(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
-def test_lengths_around_every_bound_give_what_foreach_gives(strategy: Any, dtype: torch.dtype) -> None:
+def test_lengths_around_every_bound_match_foreach(strategy: Any, dtype: torch.dtype) -> None:
     compiled, plain = (model_with(random_gradients(LENGTHS, dtype)) for _ in range(2))
     report = normalize_grad_(compiled, strategy, backend="cpu")
     expected = normalize_grad_(plain, strategy, backend="foreach")
@@ -70,7 +70,7 @@ def test_lengths_around_every_bound_give_what_foreach_gives(strategy: Any, dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_every_16_bit_value_is_read_and_rounded_as_torch_does(dtype: torch.dtype) -> None:
+def test_every_16_bit_value_is_read_and_rounded_as_in_torch(dtype: torch.dtype) -> None:
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     finite = every[every.isfinite()]
     one_each = [value.reshape(1).clone() for value in finite[:: 97 if dtype == torch.bfloat16 else 61]]
@@ -88,7 +88,6 @@ def test_every_16_bit_value_is_read_and_rounded_as_torch_does(dtype: torch.dtype
     assert counts.tolist() == [(~every.isfinite()).sum().item()]
 
 
-
 @pytest.mark.parametrize("dtype", REAL_DTYPES, ids=str)
 @pytest.mark.parametrize(
     "places",
@@ -104,7 +103,7 @@ def test_every_16_bit_value_is_read_and_rounded_as_torch_does(dtype: torch.dtype
     ],
     ids=str,
 )
-def test_a_value_that_is_cut_is_seen_wherever_it_is(places: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_a_cut_value_is_found_at_any_position(places: tuple[int, ...], dtype: torch.dtype) -> None:
     compiled = torch.full((CHUNK + 5,), -0.25, dtype=dtype)
     for place in places:
         compiled[place] = -3.0
@@ -118,7 +117,7 @@ def test_a_value_that_is_cut_is_seen_wherever_it_is(places: tuple[int, ...], dty
 
 
 @pytest.mark.parametrize("dtype", REAL_DTYPES, ids=str)
-def test_a_limit_between_two_values_of_the_dtype_cuts_as_foreach_does(dtype: torch.dtype) -> None:
+def test_a_limit_between_two_values_of_the_dtype_cuts_as_in_foreach(dtype: torch.dtype) -> None:
     at = torch.tensor(0.3, dtype=dtype)
     below, above = (at.nextafter(torch.tensor(end, dtype=dtype)) for end in (0.0, 1.0))
     values = torch.stack([below, at, above, -below, -at, -above, torch.zeros_like(at), -torch.zeros_like(at)])
@@ -139,7 +138,7 @@ def test_a_limit_between_two_values_of_the_dtype_cuts_as_foreach_does(dtype: tor
 @pytest.mark.parametrize("strategy", [Clip(1.0), ClipValue(0.5)], ids=str)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", REAL_DTYPES, ids=str)
-def test_one_value_that_is_not_finite_is_seen_wherever_it_is(dtype: torch.dtype, value: float, strategy: Any) -> None:
+def test_one_nonfinite_value_is_found_at_any_position(dtype: torch.dtype, value: float, strategy: Any) -> None:
     for place in (0, 15, BLOCK - 1, BLOCK, CHUNK - 1, CHUNK, CHUNK + BLOCK + 2):
         gradient = torch.ones(CHUNK + BLOCK + 3, dtype=dtype)
         gradient[place] = value
@@ -162,7 +161,7 @@ def test_the_squares_of_huge_and_tiny_float32_values_are_exact(small: float, lar
 
 
 @pytest.mark.parametrize("strategy", [Clip(1.0), ClipValue(1.0)], ids=str)
-def test_float64_values_whose_squares_are_zero_are_not_taken_for_zeros(strategy: Any) -> None:
+def test_float64_values_whose_squares_underflow_do_not_count_as_zeros(strategy: Any) -> None:
     gradients = [torch.full((CHUNK,), value, dtype=torch.float64) for value in (0.0, 5e-324, 1e-200)]
     report = normalize_grad_(model_with(gradients), type(strategy)(1.0), backend="cpu")
     expected = 256 * math.hypot(5e-324, 1e-200)
@@ -186,7 +185,7 @@ def test_nothing_around_a_gradient_is_read_or_written(strategy: Any, dtype: torc
 
 
 def test_a_group_that_keeps_its_values_is_not_written() -> None:
-    # A write to these pages would end the process.
+    # A write to these pages would crash the process.
     pages = mmap.mmap(-1, 16 * mmap.PAGESIZE)
     kept = torch.frombuffer(pages, dtype=torch.float32)
     kept.fill_(0.001)
@@ -211,7 +210,7 @@ def test_the_chunks_of_a_tensor_past_2_to_the_31_cover_it_once() -> None:
 
 
 def test_addresses_past_2_to_the_31_are_reached(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Nothing but the touched pages of this take memory.
+    # Only the pages that are touched take memory.
     huge = torch.from_numpy(np.zeros(2**31 + 100, dtype=np.int16)).view(torch.bfloat16)
     huge[-1], huge[3] = 3.0, 4.0
 
@@ -243,8 +242,8 @@ def test_several_threads_may_normalize_at_once() -> None:
         assert all(map(torch.equal, alone, pool.map(normalized, range(4))))
 
 
-@pytest.mark.skipif(not torch._C.has_openmp, reason="PyTorch has threads that it does not lend")
-def test_no_thread_is_started_beside_those_of_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(not torch._C.has_openmp, reason="this PyTorch has threads, but not OpenMP's")
+def test_no_thread_is_started_besides_those_of_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[ThreadPoolExecutor] = []
     monkeypatch.setattr(threads, "_pools", started)
     torch.set_num_threads(2)
@@ -257,7 +256,7 @@ def test_no_thread_is_started_beside_those_of_pytorch(monkeypatch: pytest.Monkey
     started[0].shutdown()
 
 
-def test_a_forked_process_starts_threads_of_its_own() -> None:
+def test_a_forked_process_starts_its_own_threads() -> None:
     code = """
 import os, torch
 from tamegrad import Clip
@@ -272,7 +271,7 @@ if child == 0:
     os._exit(0 if normalizer.normalize_().norms.item() == before else 1)
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
-    # PyTorch's own threads do not survive a fork: the child makes no large tensor.
+    # PyTorch's own threads do not survive a fork, so the child makes no large tensor.
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.split() == ["0"]
 
@@ -303,13 +302,13 @@ def a_process(code: str) -> "subprocess.CompletedProcess[str]":
 
 
 def test_the_second_process_finds_what_the_first_compiled() -> None:
-    # What the first one finds depends on what ran before.
+    # What the first one finds in the cache depends on what ran before.
     first, second = (a_process(LOG_OF_A_STEP) for _ in range(2))
     assert first.stdout == second.stdout
     assert "tamegrad" not in second.stderr
 
 
-def test_without_numba_it_works_on_and_says_so() -> None:
+def test_without_numba_it_falls_back_to_foreach_and_says_so() -> None:
     done = a_process("import sys; sys.modules['numba'] = None\n" + LOG_OF_A_STEP)
     backend, gradient = done.stdout.strip().split("|")
     assert backend.startswith("foreach (the only parameter is on the CPU, but Numba cannot be used: ")
@@ -321,14 +320,14 @@ def test_numba_is_not_imported_before_it_is_needed() -> None:
     assert a_process("import sys, tamegrad.torch; print('numba' in sys.modules)").stdout.strip() == "False"
 
 
-def test_a_backend_asked_for_by_name_that_cannot_run_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_asking_for_a_backend_that_cannot_run_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tamegrad.torch.backends.cpu", None)
     message = r'^backend="cpu": got a Python in which Numba .*; allowed: .*; next: pip install \'tamegrad\[cpu\]\'$'
     with pytest.raises(MissingExtraError, match=message):
         normalize_grad_(model_with([torch.ones(2)]), Clip(1.0), backend="cpu")
 
 
-def test_auto_says_what_it_took_and_why() -> None:
+def test_auto_says_which_backend_it_picked_and_why() -> None:
     normalizer = GradientNormalizer(model_with([torch.ones(2), torch.ones(3)]), Clip(1.0))
     assert str(normalizer.backend) == "cpu (all 2 parameters are on the CPU)"
     assert str(select("cpu", [])) == "cpu (as asked)"
@@ -337,8 +336,8 @@ def test_auto_says_what_it_took_and_why() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.skipif(not OPENMP, reason="this PyTorch has no threads to lend")
-def test_another_thread_of_python_runs_while_gradients_are_measured(count: int) -> None:
+@pytest.mark.skipif(not OPENMP, reason="this PyTorch does not use OpenMP")
+def test_another_python_thread_runs_while_gradients_are_measured(count: int) -> None:
     normalizer = GradientNormalizer(model_with([torch.ones(2**25)]), Clip(1e9), backend="cpu")
     torch.set_num_threads(count)
     normalizer.normalize_()
@@ -354,12 +353,12 @@ def test_another_thread_of_python_runs_while_gradients_are_measured(count: int) 
         start = time.perf_counter()
         normalizer.normalize_()
         end = time.perf_counter()
-        # Had the GIL been kept, the other thread could have run at the beginning and the end alone.
+        # With the GIL held, the other thread could only run at the beginning and at the end.
         return any(start + (end - start) / 4 < moment < end - (end - start) / 4 for moment in times)
 
     ticking = threading.Thread(target=tick)
     ticking.start()
-    # On a busy machine the thread may not get its turn every time.
+    # On a busy machine the thread may not get a turn every time.
     seen = any(ran_in_between() for _ in range(50))
     done.set()
     ticking.join()
@@ -367,7 +366,7 @@ def test_another_thread_of_python_runs_while_gradients_are_measured(count: int) 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64], ids=str)
-def test_values_that_are_cut_in_one_place_alone_are_seen_beside_those_that_are_not(dtype: torch.dtype) -> None:
+def test_a_single_cut_value_is_found_among_many_that_are_not(dtype: torch.dtype) -> None:
     gradients = [torch.full((CHUNK,), 0.5, dtype=dtype) for _ in range(3)]
     model = model_with([gradient.clone() for gradient in gradients])
     normalizer = GradientNormalizer(model, ClipValue(1.0), backend="cpu")
@@ -398,9 +397,7 @@ def test_values_that_are_cut_in_one_place_alone_are_seen_beside_those_that_are_n
     ],
     ids=str,
 )
-def test_it_is_known_exactly_when_nothing_changes(
-    strategy: Any, gradient: list[float], scale: float
-) -> None:
+def test_the_scale_is_1_exactly_when_nothing_changes(strategy: Any, gradient: list[float], scale: float) -> None:
     model = model_with([torch.ones(2, dtype=torch.float64)])
     normalizer = GradientNormalizer(model, strategy, backend="cpu")
     normalizer.normalize_()

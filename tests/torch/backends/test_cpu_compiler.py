@@ -1,4 +1,4 @@
-"""The cache of compiled code on disk: read again, but only code that would be compiled the same way now."""
+"""The disk cache of compiled code: reused, but only if the code would compile the same way now."""
 
 import ast
 import errno
@@ -38,9 +38,9 @@ def test_logs_a_compilation_once_and_does_not_compile_what_is_cached(
     first.prepare(int, 3)
     first.prepare(int, 4)
     assert [first(3), first(4)] == [6, 8]
-    (said,) = caplog.messages
+    (message,) = caplog.messages
     assert re.fullmatch(
-        rf"compiled twice in \d+\.\d s; the next process finds it in {re.escape(str(tmp_path))}.*", said
+        rf"compiled twice in \d+\.\d s; the next process finds it in {re.escape(str(tmp_path))}.*", message
     )
     caplog.clear()
     second.prepare(int, 3)
@@ -116,7 +116,7 @@ def test_a_damaged_cache_is_compiled_again_and_replaced(
     damage(tmp_path, suffix, DAMAGES[kind])
     second.prepare(int, 3)
     assert second(3) == 6
-    # A second look: what could not be read was replaced, at the latest by the second process.
+    # By now, or after one more process, whatever could not be read has been replaced.
     Entry(twice).prepare(int, 3)
     third.prepare(int, 3)
     assert (third(3), third.compilations) == (6, 0)
@@ -167,7 +167,7 @@ def test_float16_works_for_a_cpu_without_conversions(cpu: str) -> None:
     assert done.stdout.startswith("5.0 [0.6, 0.8] cpu"), done.stderr
 
 
-def test_without_compiling_another_backend_is_used() -> None:
+def test_another_backend_is_used_if_numba_may_not_compile() -> None:
     done = a_process(FLOAT16_STEP, NUMBA_DISABLE_JIT="1")
     assert done.stdout.startswith("5.0 [0.6, 0.8] foreach"), done.stderr
     assert "NUMBA_DISABLE_JIT is set" in done.stdout

@@ -1,4 +1,4 @@
-"""The names: which module is a layer, what the parameter types are called, who owns what."""
+"""Layer names, parameter types, and which layer owns which parameter."""
 
 from typing import Any
 
@@ -67,17 +67,17 @@ def test_each_stacked_recurrent_layer_is_a_layer_with_both_directions(recurrent:
     assert [layer.owner for layer in find_layers(model).layers] == ["rnn", "rnn"]
 
 
-def test_a_projection_is_a_type_of_its_own() -> None:
+def test_a_projection_has_its_own_type() -> None:
     types = types_of(nn.LSTM(2, 3, proj_size=1, bidirectional=True, bias=False))
     directed = ("weight", "recurrent_weight", "projection_weight")
     assert types == {"l0": (*directed, *(f"reverse_{name}" for name in directed))}
 
 
-def test_parameters_of_the_model_itself_are_the_root() -> None:
+def test_parameters_of_the_model_itself_are_the_root_layer() -> None:
     assert types_of(Block()) == {"(root)": ("scale",), "linear": ("weight", "bias"), "norm": ("weight", "bias")}
 
 
-def test_items_of_a_list_or_dict_of_parameters_count_under_their_owner() -> None:
+def test_items_of_a_parameter_list_or_dict_belong_to_its_owner() -> None:
     model = nn.Module()
     model.inner = nn.Module()
     model.inner.own = nn.Parameter(torch.ones(1))
@@ -100,7 +100,7 @@ def test_frozen_parameters_are_part_of_their_layer() -> None:
     assert types_of(model) == {"a": ("weight", "bias"), "b": ("weight", "bias")}
 
 
-def test_a_merged_layer_takes_all_below_the_outermost_match() -> None:
+def test_a_merged_layer_takes_everything_below_the_outermost_match() -> None:
     blocks = nn.ModuleList([Block(), nn.ModuleDict({"rnn": nn.GRU(2, 2), "attention": nn.MultiheadAttention(2, 1)})])
     model = nn.ModuleDict({"h": blocks, "out": nn.Linear(2, 2)})
     types = types_of(model, "h.*", "h.0.linear")
@@ -111,7 +111,7 @@ def test_a_merged_layer_takes_all_below_the_outermost_match() -> None:
     assert parameter_names(model, "h.*")[1] == "h.0.linear.weight"
 
 
-def test_a_merged_recurrent_module_is_one_layer_of_its_tensors() -> None:
+def test_a_merged_recurrent_module_is_one_layer() -> None:
     types = types_of(nn.ModuleDict({"rnn": nn.RNN(2, 2, num_layers=2, bias=False)}), "rnn")
     assert types == {"rnn": ("weight_ih_l0", "weight_hh_l0", "weight_ih_l1", "weight_hh_l1")}
 
@@ -121,7 +121,7 @@ def test_a_pattern_for_merged_layers_that_matches_nothing_names_the_closest() ->
         check_patterns(["h.*"], find_layers(Block()).paths)
 
 
-def test_a_parametrization_counts_under_the_type_it_serves() -> None:
+def test_a_parametrization_has_the_type_of_the_tensor_it_computes() -> None:
     linear = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
     rnn = nn.utils.parametrizations.weight_norm(nn.RNN(2, 2), "weight_hh_l0")
     model = nn.ModuleDict({"linear": linear, "rnn": rnn})
@@ -132,7 +132,7 @@ def test_a_parametrization_counts_under_the_type_it_serves() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
-def test_so_does_one_of_the_older_kinds_made_by_hooks() -> None:
+def test_a_hook_based_reparametrization_has_the_type_of_the_tensor_it_computes() -> None:
     normed = nn.utils.weight_norm(nn.Linear(2, 2))
     prune: Any = nn.utils.prune
     pruned = prune.random_unstructured(nn.Linear(2, 2), "weight", 0.5)
@@ -142,7 +142,7 @@ def test_so_does_one_of_the_older_kinds_made_by_hooks() -> None:
     assert len(find_layers(model).parameters) == 7
 
 
-def test_wrappers_do_not_show_in_names() -> None:
+def test_wrappers_do_not_appear_in_names() -> None:
     plain = types_of(nn.ModuleDict({"block": Block()}))
     wrapped_inside = nn.ModuleDict({"block": checkpoint_wrapper(Block())})
     compiled = torch.compile(nn.ModuleDict({"block": Block()}))
@@ -153,11 +153,11 @@ def test_wrappers_do_not_show_in_names() -> None:
     assert types_of(wrapped_inside, "block")["block"][1] == "linear.weight"
 
 
-def test_a_submodule_that_a_user_calls_module_is_no_wrapper() -> None:
+def test_a_submodule_named_module_is_not_a_wrapper() -> None:
     assert list(types_of(nn.ModuleDict({"module": nn.Linear(2, 2)}))) == ["module"]
 
 
-def test_lazy_modules_have_their_names_before_their_shapes() -> None:
+def test_lazy_modules_have_names_before_they_have_shapes() -> None:
     model = nn.Sequential(nn.LazyLinear(3), nn.LazyBatchNorm1d())
     before = find_layers(model)
     model(torch.ones(2, 5))

@@ -1,4 +1,4 @@
-"""`(name, parameter)` pairs in place of a module: the names tell what the module would have."""
+"""`(name, parameter)` pairs in place of a module: the names give the same layers."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def test_the_names_give_the_layers_of_the_module(
 
 
 @pytest.mark.parametrize("module", [nn.Linear(2, 2), nn.MultiheadAttention(2, 1), nn.RNN(2, 2), nn.RNNCell(2, 2)])
-def test_a_module_alone_is_the_root(module: nn.Module) -> None:
+def test_a_single_module_is_the_root_layer(module: nn.Module) -> None:
     from_module, from_names = find_layers(module), read_pairs(module.named_parameters())
     assert [(layer.name, layer.types) for layer in from_names.layers] == [
         (la.name, la.types) for la in from_module.layers
@@ -65,10 +65,8 @@ def test_pairs_can_be_attached() -> None:
 
 
 @pytest.mark.parametrize("pairs", [[], [nn.Linear(2, 2)], [("weight",)], [("weight", 1.0)], 3, None, {"weight": 1}])
-def test_refuses_what_are_no_pairs(pairs: object) -> None:
-    with pytest.raises(
-        SettingError, match=r"^model: got .*; allowed: a torch.nn.Module, or pairs of a name and a para"
-    ):
+def test_refuses_anything_but_pairs(pairs: object) -> None:
+    with pytest.raises(SettingError, match=r"^model: got .*; allowed: a torch.nn.Module, or .name, parameter. pairs"):
         GradientNormalizer(pairs, Clip(1.0))  # type: ignore[arg-type]
 
 

@@ -1,4 +1,4 @@
-"""What ranks tell each other: one sum a step, plans that agree, and decisions that are the same everywhere."""
+"""Communication between ranks: one sum a step, plans that agree, and the same decisions on every rank."""
 
 import pickle
 import warnings
@@ -23,15 +23,15 @@ from tamegrad.torch import GradientNormalizer, attach, normalize_grad_
 from tamegrad.torch.sharded.distributed import _Card
 
 
-class Collectives(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch has no type there
-    """Counts the collectives that are started, by name."""
+class Collectives(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in PyTorch
+    """Counts the collectives that start, by name."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.counts: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # What a DTensor does inside of an operation is seen if it is asked to do it first.
+        # DTensor dispatches first; the collectives inside its operation then come through here.
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented
         if func.namespace in {"c10d", "_c10d_functional"}:
@@ -62,7 +62,7 @@ def refusal_of(call: Any) -> tuple[str, str]:
     return "", ""
 
 
-# What a step costs.
+# Collectives of a step.
 
 
 def collectives_of_a_step(kind: str, layers: int) -> dict[str, int]:
@@ -95,13 +95,13 @@ def test_a_step_takes_one_all_reduce_and_none_if_nothing_is_sharded(kind: str, e
         assert run_on_ranks(collectives_of_a_step, 4, kind, layers) == [expected] * 4
 
 
-def collectives_with_pending_sums(layers: int) -> tuple[dict[str, int], list[float]]:
+def collectives_with_partial_sums(layers: int) -> tuple[dict[str, int], list[float]]:
     mesh = init_device_mesh("cpu", (2,))
     model = a_model(layers)
     for layer in model:
         layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, [Shard(0)]))
         layer.bias = nn.Parameter(distribute_tensor(layer.bias.detach(), mesh, [Replicate()]))
-    # What sequence parallelism leaves to replicated parameters.
+    # As sequence parallelism leaves them on replicated parameters.
     for layer in with_gradients(model):
         layer.bias.grad = DTensor.from_local(torch.ones(4), mesh, [Partial()])
     normalizer = GradientNormalizer(model, Clip(1.0, per="tensor"))
@@ -110,14 +110,14 @@ def collectives_with_pending_sums(layers: int) -> tuple[dict[str, int], list[flo
     return dict(collectives.counts), report.norms.tolist()
 
 
-def test_sums_that_are_pending_take_one_all_reduce_more_whatever_the_number_of_layers() -> None:
+def test_partial_sums_take_one_more_all_reduce_for_any_number_of_layers() -> None:
     for layers in (2, 9):
-        for counts, norms in run_on_ranks(collectives_with_pending_sums, 2, layers):
+        for counts, norms in run_on_ranks(collectives_with_partial_sums, 2, layers):
             assert counts == {"allreduce_": 2}
             assert norms == [4.0] * (2 * layers)
 
 
-# What ranks do not have in common.
+# Differences between ranks.
 
 
 def a_rank_without_gradients() -> list[float]:
@@ -125,13 +125,13 @@ def a_rank_without_gradients() -> list[float]:
     if dist.get_rank() == 1:
         for parameter in model.parameters():
             parameter.grad = None
-    with warnings.catch_warnings(record=True, action="always") as said:
+    with warnings.catch_warnings(record=True, action="always") as caught:
         norms = GradientNormalizer(model, Clip(1.0)).normalize_().norms.tolist()
-    assert ["nothing to normalize" in str(warning.message) for warning in said] == [True] * dist.get_rank()
+    assert ["nothing to normalize" in str(warning.message) for warning in caught] == [True] * dist.get_rank()
     return cast("list[float]", norms)
 
 
-def test_a_rank_without_gradients_adds_nothing_and_nobody_waits_for_it() -> None:
+def test_a_rank_without_gradients_adds_nothing_and_blocks_no_other_rank() -> None:
     # The other rank has half of 16 + 4 ones.
     for norms in run_on_ranks(a_rank_without_gradients, 2):
         assert norms == [10**0.5] * 3
@@ -144,7 +144,7 @@ def some_gradients() -> list[float]:
     return cast("list[float]", GradientNormalizer(model, Clip(1.0)).normalize_().norms.tolist())
 
 
-def test_a_gradient_that_one_rank_lacks_counts_as_nothing_there() -> None:
+def test_a_gradient_that_one_rank_lacks_adds_nothing_there() -> None:
     # Each rank has half of 16 + 4 ones.
     for norms in run_on_ranks(some_gradients, 2):
         torch.testing.assert_close(norms, [12**0.5, 20**0.5, 10**0.5])
@@ -162,16 +162,17 @@ def other_settings(kind: str) -> tuple[str, str]:
 def test_plans_that_differ_are_refused_on_every_rank(kind: str) -> None:
     for name, message in run_on_ranks(other_settings, 4, kind):
         assert name == "SettingError"
-        assert "on 1 of 4 ranks, the first of them 1" in message
+        assert "on 1 of 4 ranks, first on rank 1" in message
         assert ('Clip(2, per="layer")' in message) == (kind == "threshold")
 
 
-def test_an_error_in_the_plan_of_one_rank_is_told_to_all() -> None:
+def test_an_error_in_the_plan_of_one_rank_is_raised_on_all() -> None:
     (other, message), (own, own_message), *_ = run_on_ranks(other_settings, 4, "override")
     assert own == "UnmatchedError"
     assert "closest" in own_message
     assert other == "SettingError"
-    assert "the plan of rank 1: got an error there: override '9'" in message
+    assert "the plan of rank 1: got an error: override '9'" in message
+    assert message.endswith("next: fix the error on rank 1")
 
 
 def a_changed_model() -> tuple[list[float], list[str]]:
@@ -199,13 +200,13 @@ def a_gradient_on_another_mesh() -> tuple[str, str]:
     return refusal_of(normalizer.normalize_)
 
 
-def test_a_gradient_on_another_mesh_than_its_parameter_is_refused() -> None:
+def test_a_gradient_on_a_different_mesh_from_its_parameter_is_refused() -> None:
     for name, message in run_on_ranks(a_gradient_on_another_mesh, 2):
         assert name == "SettingError"
         assert "gradient of out.bias: got a gradient that is sharded over DeviceMesh((1, 2)" in message
 
 
-def gradients_placed_otherwise() -> list[float]:
+def gradients_with_other_placements() -> list[float]:
     mesh = init_device_mesh("cpu", (2,))
     parameter = nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)]))
     parameter.grad = distribute_tensor(torch.arange(16.0).view(4, 4), mesh, [Shard(1)])
@@ -215,11 +216,11 @@ def gradients_placed_otherwise() -> list[float]:
     return cast("list[float]", gradient.full_tensor().flatten().tolist())
 
 
-def test_a_gradient_that_is_sharded_otherwise_than_its_parameter_is_right_as_well() -> None:
-    assert run_on_ranks(gradients_placed_otherwise, 2) == [[0.0, 1.0] + [2.0] * 14] * 2
+def test_a_gradient_sharded_differently_from_its_parameter_is_normalized_too() -> None:
+    assert run_on_ranks(gradients_with_other_placements, 2) == [[0.0, 1.0] + [2.0] * 14] * 2
 
 
-# What is not finite.
+# Non-finite gradients.
 
 
 def a_nan_on_one_rank(on_nonfinite: OnNonfinite) -> dict[str, Any]:
@@ -250,7 +251,7 @@ def a_nan_on_one_rank(on_nonfinite: OnNonfinite) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("on_nonfinite", ["zero", "skip", "raise"])
-def test_every_rank_decides_alike_on_what_one_rank_sees(on_nonfinite: OnNonfinite) -> None:
+def test_every_rank_decides_the_same_about_a_nan_on_one_rank(on_nonfinite: OnNonfinite) -> None:
     first, second = run_on_ranks(a_nan_on_one_rank, 2, on_nonfinite)
     assert first == second
     assert first["nonfinite"] == {"1": 1}
@@ -265,7 +266,7 @@ def test_every_rank_decides_alike_on_what_one_rank_sees(on_nonfinite: OnNonfinit
     assert ("layer '1'" in first["refusal"]) == (on_nonfinite == "raise")
 
 
-# Pipelines: two stages of two ranks each, on rows.
+# Pipelines: two stages, the rows of the mesh, of two ranks each.
 
 
 def a_pipeline(policy: Any, on_nonfinite: OnNonfinite, bad_rank: int | None) -> dict[str, Any]:
@@ -303,7 +304,7 @@ def test_a_group_of_the_whole_model_spans_the_stages_of_a_pipeline() -> None:
         assert result["collectives"] == {"allreduce_": 2}
 
 
-def test_layers_and_what_only_one_stage_has_stay_with_their_stage() -> None:
+def test_layers_and_groups_of_one_stage_stay_within_it() -> None:
     policy = Policy(Clip(1.0, per="model"), {"*ir*": Clip(0.5), "*ir*/bias": None, "*/bias": Clip(9.0, per="model")})
     first, _, second, _ = run_on_ranks(a_pipeline, 4, policy, "keep", None)
     assert first["norms"] == {"first": 20**0.5, "model": 32**0.5, "*/bias": 8**0.5}
@@ -311,7 +312,7 @@ def test_layers_and_what_only_one_stage_has_stay_with_their_stage() -> None:
     assert first["total"] == second["total"] == 80**0.5
 
 
-def test_all_stages_skip_what_one_stage_cannot_use() -> None:
+def test_all_stages_skip_a_step_with_a_nonfinite_gradient_in_one() -> None:
     for result in run_on_ranks(a_pipeline, 4, Clip(1.0), "skip", 3):
         assert result["skipped"]
         assert result["weight"] == 1.0
@@ -329,14 +330,14 @@ def an_override_without_a_layer(pattern: str) -> tuple[str, str]:
     return refusal_of(lambda: GradientNormalizer(model, Clip(1.0), overrides={pattern: None}, process_groups=groups))
 
 
-def test_an_override_may_match_in_one_stage_but_has_to_in_some() -> None:
+def test_an_override_must_match_in_at_least_one_stage() -> None:
     assert run_on_ranks(an_override_without_a_layer, 4, "second") == [("", "")] * 4
     for name, message in run_on_ranks(an_override_without_a_layer, 4, "third"):
         assert name == "UnmatchedError"
         assert "override 'third'" in message
 
 
-def test_what_a_rank_tells_the_others_is_short() -> None:
+def test_ranks_exchange_few_bytes() -> None:
     assert len(pickle.dumps(_Card(None, "0" * 64, (0, 1_000, 9_999)))) < 300
 
 
@@ -348,14 +349,14 @@ def stages_that_disagree() -> tuple[str, str]:
     return refusal_of(lambda: GradientNormalizer(model, Clip(threshold, per="model"), process_groups=groups))
 
 
-def test_stages_that_disagree_on_what_they_share_are_refused() -> None:
+def test_stages_that_disagree_on_a_shared_group_are_refused() -> None:
     for name, message in run_on_ranks(stages_that_disagree, 4):
         assert name == "SettingError"
         assert 'Clip(1, per="model") and, on rank' in message
 
 
 @pytest.mark.parametrize("wrong", ["pp", [1], None])
-def test_what_is_no_process_group_is_refused(wrong: Any) -> None:
+def test_anything_but_process_groups_is_refused(wrong: Any) -> None:
     with pytest.raises(SettingError, match="process_groups: got"):
         GradientNormalizer(a_model(), Clip(1.0), process_groups=wrong)
 
@@ -364,7 +365,7 @@ def test_what_is_no_process_group_is_refused(wrong: Any) -> None:
 
 
 def a_zero_redundancy_optimizer() -> list[torch.Tensor]:
-    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # of PyTorch, by PyTorch
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # from PyTorch itself
         from torch.distributed.optim import ZeroRedundancyOptimizer  # noqa: PLC0415
     model = DistributedDataParallel(a_model())
     optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, lr=1.0)
@@ -391,7 +392,7 @@ def fsdp1(*, use_orig_params: bool) -> tuple[str, str]:
     return whole
 
 
-def test_fsdp1_is_refused_with_the_way_out() -> None:
+def test_fsdp1_is_refused_and_the_error_names_the_alternative() -> None:
     for name, message in run_on_ranks(fsdp1_both_ways, 2):
         assert name == "SettingError"
         assert "FSDP1" in message
@@ -404,13 +405,13 @@ def fsdp1_both_ways() -> tuple[str, str]:
     return views
 
 
-def test_deepspeed_is_refused_with_the_way_out() -> None:
+def test_deepspeed_is_refused_and_the_error_names_the_alternative() -> None:
     engine = type("DeepSpeedEngine", (nn.Linear,), {"__module__": "deepspeed.runtime.engine"})(2, 2)
-    with pytest.raises(SettingError, match="a DeepSpeedEngine of DeepSpeed.*gradient_clipping"):
+    with pytest.raises(SettingError, match="a DeepSpeedEngine from DeepSpeed.*gradient_clipping"):
         normalize_grad_(engine, Clip(1.0))
     optimizer = type("ZeRO", (torch.optim.SGD,), {"__module__": "deepspeed.runtime.zero.stage3"})
     model = a_model()
-    with pytest.raises(SettingError, match="attach.optimizer.: got a ZeRO of DeepSpeed"):
+    with pytest.raises(SettingError, match="attach.optimizer.: got a ZeRO from DeepSpeed"):
         attach(model, optimizer(model.parameters(), lr=1.0), Clip(1.0))
     model[1].bias.ds_id = 3
     with pytest.raises(SettingError, match=r"parameter 1\.bias: .*partitioned"):

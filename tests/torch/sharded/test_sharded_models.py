@@ -1,4 +1,4 @@
-"""Models that are sharded in the ways of PyTorch train as the same model does in one process."""
+"""Models sharded in each way that PyTorch has train like the same model in one process."""
 
 from collections.abc import Callable
 from typing import Any, cast
@@ -40,7 +40,7 @@ class Model(nn.Module):
     def __init__(self, kind: str) -> None:
         super().__init__()
         torch.manual_seed(3)
-        # Four processes cannot share 10 evenly, which PyTorch's tensor parallelism needs, and eight not at all.
+        # Tensor parallelism needs even shards; 10 makes uneven ones on four processes, and some empty ones on eight.
         inner = 8 if kind in {"tp", "sp"} else 10
         self.blocks = nn.Sequential(Block(inner), Block(inner))
         self.head = nn.Linear(WIDTH, 1)
@@ -50,14 +50,14 @@ class Model(nn.Module):
 
 
 class Expert(nn.Linear):
-    """A linear layer of which every process has a part and needs all, for its own part of the batch."""
+    """A linear layer that is sharded over processes and gathered on each, for its own part of the batch."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         whole = [
             parameter.full_tensor(grad_placements=[Partial("avg")]) if isinstance(parameter, DTensor) else parameter
             for parameter in (self.weight, self.bias)
         ]
-        # FSDP warns of results that are views.
+        # FSDP warns about outputs that are views.
         return nn.functional.linear(x, *whole).clone()
 
 
@@ -73,7 +73,7 @@ def fully_sharded(model: Any, **settings: Any) -> nn.Module:
     return cast("nn.Module", fully_shard(model, **settings))
 
 
-# Each kind of sharding returns the model and how many parts the batch is cut into.
+# Each kind of sharding returns the model and the number of parts that the batch is split into.
 Sharded = tuple[nn.Module, int]
 
 
@@ -99,7 +99,7 @@ def tp(model: Any, ranks: int) -> Sharded:
 
 
 def sp(model: Any, ranks: int) -> Sharded:
-    """Shards the words: what all processes have of the model gets gradients that are not added up yet."""
+    """Shards the sequence: replicated parameters get partial gradients, still to be all-reduced."""
     mesh = init_device_mesh("cpu", (ranks,))
     for block in model.blocks:
         up = ColwiseParallel(input_layouts=Shard(1))
@@ -116,12 +116,12 @@ def fsdp_tp(model: Any, ranks: int) -> Sharded:
 
 
 def fsdp_tp_plain(model: Any, ranks: int) -> Sharded:
-    """Shards again only what tensor parallelism did: plain tensors beside DTensors on two dimensions."""
+    """Applies FSDP only to tensor-parallel parameters: plain tensors beside DTensors on a 2-D mesh."""
     mesh = init_device_mesh("cpu", (ranks // 2, 2), mesh_dim_names=("data", "tensor"))
     tensor_parallel(model, mesh["tensor"])
     plain = {parameter for parameter in model.parameters() if not isinstance(parameter, DTensor)}
     for parameter in plain:
-        # What FSDP leaves alone, the loop has to average.
+        # FSDP ignores these parameters, so their gradients are averaged here.
         parameter.register_post_accumulate_grad_hook(averaged_over(mesh["data"]))
     for block in model.blocks:
         fully_shard(block, mesh=mesh["data"], ignored_params=plain & set(block.parameters()))
@@ -156,7 +156,7 @@ KINDS = {kind.__name__: kind for kind in (ddp, fsdp, fsdp_offloaded, hybrid, tp,
 
 
 def train(model: nn.Module, batch: torch.Tensor, policy: Policy) -> dict[str, Any]:
-    """Trains for some steps; returns what was measured in each, and the parameters as plain tensors."""
+    """Trains for some steps; returns the measurements of each, and the parameters as plain tensors."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     normalizer = attach(model, optimizer, policy)
     measured: dict[str, list[torch.Tensor]] = {name: [] for name in MEASURED}
@@ -193,7 +193,7 @@ def train_sharded(kind: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(("kind", "ranks"), [*((kind, 4) for kind in KINDS), ("fsdp", 2), ("fsdp", 8), ("fsdp_tp", 8)])
-def test_trains_on_several_processes_as_on_one(kind: str, ranks: int) -> None:
+def test_training_on_several_processes_matches_one_process(kind: str, ranks: int) -> None:
     results = run_on_ranks(train_sharded, ranks, kind)
     for number, policy in enumerate(POLICIES):
         alone, first = train(Model(kind), a_batch(), policy), results[0][number]

@@ -1,4 +1,4 @@
-"""Which ranks sum together, and which of them counts what: asked of each rank of a cluster that is not there."""
+"""Which ranks sum together, and which rank counts each shard, on every rank of a fake cluster."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from tamegrad.torch.sharded import sharding
 
 RANKS = 16
 S, R = Shard(0), Replicate()
-# Of a mesh of 2 stages x 2 x 4: the dimensions that a tensor lies on, and how.
+# On a mesh of 2 stages x 2 x 4: the dimensions of a tensor, and its placements.
 PLACES: list[tuple[str, tuple[Placement, ...]]] = [
     ("", ()),
     ("tensor", (S,)),
@@ -32,7 +32,7 @@ PLACES: list[tuple[str, tuple[Placement, ...]]] = [
 
 @contextmanager
 def as_rank(rank: int) -> Iterator[Any]:
-    """Makes this process take itself for a rank of a cluster, and gives its mesh."""
+    """Makes this process one rank of a fake cluster, and yields its mesh."""
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=RANKS)
     try:
         yield init_device_mesh("cpu", (2, 2, 4), mesh_dim_names=("stage", "data", "tensor"))
@@ -59,7 +59,7 @@ def tensors_on(mesh: Any) -> list[Any]:
     ],
     ids=str,
 )
-def test_the_meshes_of_a_model_and_what_they_touch_sum_together(used: list[str], together: list[int]) -> None:
+def test_ranks_of_overlapping_meshes_sum_together(used: list[str], together: list[int]) -> None:
     for rank in (9, 13):
         with as_rank(rank) as mesh:
             found = sharding.ranks_together([mesh[name] for name in used], rank)
@@ -74,7 +74,7 @@ def test_meshes_of_several_roots_sum_together() -> None:
         assert sharding.ranks_together([pairs["in_pair"], quads["quad"]], 5) == list(range(8))
 
 
-def test_every_part_is_counted_by_exactly_one_rank_and_ranks_take_turns() -> None:
+def test_every_shard_is_counted_by_exactly_one_rank_and_ranks_take_turns() -> None:
     firsts: dict[tuple[str, ...], set[int]] = {}
     ranks = range(8)
     for rank in ranks:
@@ -92,7 +92,7 @@ def test_every_part_is_counted_by_exactly_one_rank_and_ranks_take_turns() -> Non
                 for names, known in firsts.items()
             }
             for index, tensor in enumerate(tensors_on(mesh)):
-                # Ranks that lie in the same place of the dimensions that are sharded have the same part.
+                # Ranks with the same coordinates along the sharded dimensions have the same shard.
                 where, placements = PLACES[index]
                 places = zip(where.split(), placements, strict=True)
                 part = tuple(mesh[name].get_local_rank() for name, placement in places if placement.is_shard())
@@ -104,7 +104,7 @@ def test_every_part_is_counted_by_exactly_one_rank_and_ranks_take_turns() -> Non
     assert len(set(busy.values())) == 1
 
 
-def test_what_is_not_sharded_is_not_summed() -> None:
+def test_tensors_that_are_not_sharded_are_recognized() -> None:
     with as_rank(0) as mesh:
         tensors = tensors_on(mesh)
         assert [sharding.is_sharded([tensor]) for tensor in tensors] == [S in placements for _, placements in PLACES]
@@ -112,6 +112,6 @@ def test_what_is_not_sharded_is_not_summed() -> None:
         assert not sharding.is_sharded([alone])
 
 
-def test_a_pytorch_whose_meshes_do_not_tell_is_refused() -> None:
+def test_a_pytorch_whose_meshes_do_not_know_their_root_is_refused() -> None:
     with pytest.raises(SettingError, match="sharded parameters under PyTorch"):
         sharding.ranks_together([object()], 0)  # type: ignore[list-item]

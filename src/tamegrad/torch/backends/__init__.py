@@ -4,6 +4,6 @@
 """
 
 from tamegrad.torch.backends.base import Backend
-from tamegrad.torch.backends.selection import BACKENDS, BackendName, SelectedBackend, select
+from tamegrad.torch.backends.selection import BACKENDS, SelectedBackend, select
 
-__all__ = ["BACKENDS", "Backend", "BackendName", "SelectedBackend", "select"]
+__all__ = ["BACKENDS", "Backend", "SelectedBackend", "select"]

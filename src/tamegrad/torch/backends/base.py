@@ -17,7 +17,7 @@ from tamegrad.groups import Plan
 from tamegrad.strategies import OnNonfinite
 from tamegrad.torch.gradients import Gradients
 
-__all__ = ["Backend"]
+__all__ = ["Backend", "on_device"]
 
 
 class Backend(ABC):
@@ -81,7 +81,7 @@ class Backend(ABC):
                 loss_scale=None if loss_scale is None else loss_scale.item(),
                 total=None if total is None else total.numpy(),
             )
-            if decision.nonfinite.any():
+            if decision.first is not None and decision.nonfinite.any():
                 nonfinite_steps += torch.from_numpy(decision.nonfinite > 0)
             return decision
         decision = decide(
@@ -114,3 +114,9 @@ class Backend(ABC):
     def limits_on_host(self, loss_scale: Tensor | None) -> NDArray[np.float64]:
         """Returns the `(G,)` limits on the elements of gradients that are multiplied by a loss scale."""
         return self.rules.limits if loss_scale is None else self.rules.limits * loss_scale.item()
+
+
+def on_device(vector: Any, device: torch.device) -> Tensor:  # noqa: ANN401  an array of NumPy or PyTorch
+    """Returns a part of a decision as a contiguous tensor on a device."""
+    tensor: Tensor = torch.from_numpy(vector) if isinstance(vector, np.ndarray) else vector
+    return tensor.to(device).contiguous()

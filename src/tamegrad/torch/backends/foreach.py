@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tamegrad.decide import BEFORE, COLUMNS, NONFINITE, Decision
 from tamegrad.groups import Plan
-from tamegrad.torch.backends.base import Backend
+from tamegrad.torch.backends.base import Backend, on_device
 from tamegrad.torch.backends.tensorwise import as_real, change_, count_nonfinite, measured, pieces_of
 from tamegrad.torch.gradients import Gradients
 
@@ -68,7 +68,8 @@ class ForeachBackend(Backend):
             _change_bucket(bucket, decision)
         for group, values in alone:
             vectors = (decision.first, decision.second, decision.limits, decision.zeroed)
-            change_(values, *(None if v is None else _on(v, values.device)[group] for v in vectors))
+            factors: Any = (None if v is None else on_device(v, values.device)[group] for v in vectors)
+            change_(values, *factors)
 
     def _split(self, gradients: Gradients, chosen: NDArray[np.bool_]) -> tuple[list[_Bucket], _Bucket]:
         """Returns the chosen gradients, each with its group: those that go together, and those that go alone.
@@ -109,15 +110,15 @@ class ForeachBackend(Backend):
 def _change_bucket(bucket: _Bucket, decision: Decision[Any]) -> None:
     """Multiplies what goes together; in float64, rounded once."""
     device = bucket[0][1].device
-    first, second = _on(decision.first, device), _on(decision.second, device)
+    first, second = on_device(decision.first, device), on_device(decision.second, device)
     # The result of a scale that one float64 cannot hold is zero in these dtypes, or infinite but for zeros.
     factors = (first * second).clamp(max=torch.finfo(torch.float64).max)
     pieces, groups = _in_pieces(bucket)
     # A factor without dimensions would be rounded to the dtype of the gradient first.
-    chosen = factors[torch.tensor(groups, device=device)].split(1)
-    torch._foreach_mul_(pieces, list(chosen))  # noqa: SLF001  PyTorch's own multi-tensor operations
+    chosen = factors[torch.tensor(groups, device=device)]
+    torch._foreach_mul_(pieces, list(torch.split(chosen, 1)))
     if decision.zeroed is not None:
-        zeroed = _on(decision.zeroed, device)
+        zeroed = on_device(decision.zeroed, device)
         for group, values in bucket:
             # Nothing else turns NaN into zero.
             values.masked_fill_(zeroed[group], 0.0)
@@ -132,9 +133,3 @@ def _in_pieces(bucket: _Bucket) -> tuple[list[Tensor], list[int]]:
         pieces += parts
         groups += [group] * len(parts)
     return pieces, groups
-
-
-def _on(vector: Any, device: torch.device) -> Tensor:  # noqa: ANN401  an array of NumPy or PyTorch
-    tensor = torch.from_numpy(vector) if isinstance(vector, np.ndarray) else vector
-    moved: Tensor = tensor.to(device)
-    return moved

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Literal, TypeAlias
 
 from torch import Tensor
 
@@ -12,9 +11,7 @@ from tamegrad.groups import Plan
 from tamegrad.torch.backends.base import Backend
 from tamegrad.torch.backends.foreach import ForeachBackend
 
-__all__ = ["BACKENDS", "BackendName", "SelectedBackend", "select"]
-
-BackendName: TypeAlias = Literal["auto", "cpu", "gpu", "foreach"]
+__all__ = ["BACKENDS", "SelectedBackend", "select"]
 
 
 def _imported_late(name: str, class_name: str) -> Callable[[Plan, Sequence[bool]], Backend]:
@@ -101,7 +98,9 @@ def _best_for(parameters: list[Tensor]) -> SelectedBackend:
     devices = sorted({str(parameter.device) for parameter in parameters})
     if devices != ["cpu"]:
         # The GPU backend is only taken by name as long as it has not been run on a GPU.
-        return SelectedBackend("foreach", f"the {len(parameters)} parameters are on {', '.join(devices) or 'no device'}")
+        return SelectedBackend(
+            "foreach", f"the {len(parameters)} parameters are on {', '.join(devices) or 'no device'}"
+        )
     where = "the only parameter is" if len(parameters) == 1 else f"all {len(parameters)} parameters are"
     problem = _problem_with("cpu")
     if problem is not None:

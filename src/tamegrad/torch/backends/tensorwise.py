@@ -36,7 +36,7 @@ def as_real(values: Tensor) -> Tensor:
 
 def pieces_of(real: Tensor) -> list[Tensor]:
     """Cuts a 1-dim tensor into pieces of bounded size; no pair of real numbers is cut in two."""
-    return list(real.split(HOST_PIECE if real.device.type == "cpu" else DEVICE_PIECE))
+    return list(torch.split(real, HOST_PIECE if real.device.type == "cpu" else DEVICE_PIECE))
 
 
 def measured(values: Tensor, limit: Tensor | None) -> Tensor:

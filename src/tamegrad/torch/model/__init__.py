@@ -1,0 +1,1 @@
+"""From a module to groups: layers, names, the plan, and watching for change."""

@@ -1,7 +1,7 @@
-"""Reads the layers of a PyTorch model: which module owns which parameters, and what role each of them has.
+"""Finds the layers of a PyTorch model: which module owns which parameters, and the type of each parameter.
 
-A layer is a module that directly owns parameters. What differs from that is decided here and nowhere else: stacked
-recurrent layers, attention, parameter lists, parametrizations, wrappers, and modules that the user takes as one layer.
+A layer is a module that directly owns parameters. All exceptions are handled here: stacked recurrent layers, attention,
+parameter lists, parametrizations, wrappers, and modules that the user merges into one layer.
 """
 
 import fnmatch
@@ -19,18 +19,18 @@ from tamegrad.torch.model.names import CELL_TYPES, ROOT, WRAPPED_NAMES, joined, 
 
 __all__ = ["ModelLayers", "find_layers"]
 
-# These wrappers call their module "module", as anybody might: they are told by their class.
+# These wrappers name their module "module", as any user might, so they are recognized by class.
 _PARALLEL = (nn.parallel.DistributedDataParallel, nn.parallel.DataParallel)
 
 
 @dataclass(frozen=True, slots=True)
 class ModelLayers:
-    """The layers of a model with the tensors that they own.
+    """The layers of a model and the tensors they own.
 
     Args:
         layers: The layers, in the order of the model.
-        owned: For each layer its parameters, in the order of `Layer.parameters`; no parameter stands twice.
-        paths: The paths of all modules, which patterns for merged layers are matched with.
+        owned: Each layer's parameters, in the order of `Layer.parameters`; each parameter appears once.
+        paths: The paths of all modules; patterns for merged layers match against these.
     """
 
     layers: tuple[Layer, ...]
@@ -39,17 +39,17 @@ class ModelLayers:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """All parameters, layer by layer, as a plan counts them."""
+        """All parameters, layer by layer, in the order of a plan."""
         return [parameter for parameters in self.owned for parameter in parameters]
 
     def restricted_to(self, parameters: Iterable[nn.Parameter]) -> "ModelLayers":
-        """Returns the layers with only some of their parameters, without the layers of which nothing is left.
+        """Returns the layers with only some of their parameters; layers left empty are dropped.
 
         Args:
-            parameters: The parameters to retain; those that are not the model's are ignored.
+            parameters: The parameters to keep; any that are not in the model are ignored.
 
         Returns:
-            What is left.
+            The remaining layers.
         """
         retained = {id(parameter) for parameter in parameters}
         layers, owned = [], []
@@ -62,11 +62,11 @@ class ModelLayers:
 
 
 def find_layers(model: nn.Module, merged: Sequence[str] = ()) -> ModelLayers:
-    """Reads the layers of a model.
+    """Finds the layers of a model.
 
     Args:
         model: The model, wrapped or not.
-        merged: Globs on module paths (`*` crosses dots); a module that matches is one layer with all below it.
+        merged: Globs on module paths (`*` crosses dots); a matching module and everything below it form one layer.
 
     Returns:
         The layers in the order of the model. A tied parameter belongs to its first owner.
@@ -83,20 +83,20 @@ def find_layers(model: nn.Module, merged: Sequence[str] = ()) -> ModelLayers:
 
 
 def matches_any(path: str, patterns: Sequence[str]) -> bool:
-    """Says whether a path matches one of some globs, in which `*` crosses dots."""
+    """Returns whether a path matches any of the globs; `*` crosses dots."""
     return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
 
 
 def check_patterns(patterns: Sequence[str], paths: Sequence[str]) -> None:
-    """Refuses a pattern for merged layers that matches no path.
+    """Refuses patterns for merged layers that match no path.
 
     Args:
         patterns: The globs.
         paths: The paths of all modules.
 
     Raises:
-        SettingError: If the patterns are one text, whose letters would be taken for patterns.
-        UnmatchedError: If one matches none of them.
+        SettingError: If `patterns` is a single string, whose characters would each be read as a pattern.
+        UnmatchedError: If a pattern matches none of the paths.
     """
     if isinstance(patterns, str):
         raise SettingError(
@@ -114,7 +114,7 @@ def check_patterns(patterns: Sequence[str], paths: Sequence[str]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Scope:
-    """The layer that the parameters of a module count under, and what stands before their names there."""
+    """The layer that a module's parameters belong to, and the prefix of their names in it."""
 
     path: str
     module_class: type
@@ -135,7 +135,7 @@ class _Reader:
         self._owned: dict[str, list[nn.Parameter]] = {}
 
     def read(self, module: nn.Module, path: str, outer: _Scope | None) -> None:
-        """Reads a module and all below it; `outer` is the layer that it counts under, where that is not its own."""
+        """Reads a module and everything below it; `outer` is the enclosing layer that it belongs to, if any."""
         module = _unwrapped(module)
         if id(module) in self._seen:
             return
@@ -165,12 +165,12 @@ class _Reader:
         self._owned.setdefault(layer, []).append(parameter)
 
     def result(self) -> ModelLayers:
-        """Returns what was read."""
+        """Returns the layers found."""
         return ModelLayers(tuple(self._layers.values()), tuple(map(tuple, self._owned.values())), tuple(self._paths))
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
-    """Returns the module that a wrapper holds, so that the wrapper does not show in names."""
+    """Returns the module inside any wrappers, so that wrappers do not appear in names."""
     while True:
         names = [name for name in WRAPPED_NAMES if isinstance(getattr(module, name, None), nn.Module)]
         if names:
@@ -182,7 +182,7 @@ def _unwrapped(module: nn.Module) -> nn.Module:
 
 
 def _direct_parameters(module: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
-    """Yields name, full name and parameter of what a module owns; a parametrized tensor's parts have its name."""
+    """Yields name, full name and tensor of each parameter of a module; parts of a parametrized tensor have its name."""
     for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
         yield _served(module, name), name, parameter
     if parametrize.is_parametrized(module):
@@ -192,8 +192,8 @@ def _direct_parameters(module: nn.Module) -> Iterator[tuple[str, str, nn.Paramet
 
 
 def _served(module: nn.Module, name: str) -> str:
-    """Returns the tensor that a parameter of the older, hook-based reparametrizations computes, else its own name."""
-    for hook in module._forward_pre_hooks.values():  # noqa: SLF001  torch keeps their record nowhere else
+    """Returns the name of the tensor that a hook-based reparametrization computes from a parameter, else its own."""
+    for hook in module._forward_pre_hooks.values():  # noqa: SLF001  torch records them nowhere else
         match hook:
             case WeightNorm(name=served) | SpectralNorm(name=served) | prune.BasePruningMethod(_tensor_name=served):
                 if name in {f"{served}_g", f"{served}_v", f"{served}_orig"}:

@@ -1,4 +1,4 @@
-"""What the names of modules and parameters mean: roles of recurrent parameters, wrappers, the root."""
+"""The naming conventions: parameter types of recurrent layers, attributes of wrappers, the root layer."""
 
 import re
 from typing import NamedTuple
@@ -7,10 +7,10 @@ __all__ = ["CELL_TYPES", "ROOT", "WRAPPED_NAMES", "Stacked", "joined", "stacked"
 
 ROOT = "(root)"
 
-# Wrappers hold the module that they wrap under a name that nobody else uses.
+# The attributes in which wrappers keep their module; nothing else uses these names.
 WRAPPED_NAMES = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
-# Both biases of PyTorch's recurrent layers have one type, because Deeplearning4j has one bias.
+# The two biases of PyTorch's recurrent layers share one type, because Deeplearning4j has one bias.
 CELL_TYPES = {
     "weight_ih": "weight",
     "weight_hh": "recurrent_weight",
@@ -22,20 +22,20 @@ _STACKED = re.compile(rf"(?P<role>{'|'.join(CELL_TYPES)})_l(?P<index>\d+)(?P<rev
 
 
 class Stacked(NamedTuple):
-    """What the name of a parameter says inside `nn.RNN`, `nn.LSTM` or `nn.GRU`."""
+    """The layer and the parameter type in a parameter name of `nn.RNN`, `nn.LSTM` or `nn.GRU`."""
 
     layer: str
     type: str
 
 
 def stacked(name: str) -> Stacked | None:
-    """Reads the name of a parameter of stacked recurrent layers.
+    """Parses the name of a parameter of stacked recurrent layers.
 
     Args:
         name: The parameter's name in its module.
 
     Returns:
-        The layer's name in the module and the parameter type, or None if the name is not of that kind.
+        The layer's name in the module and the parameter type, or None for any other name.
 
     Example:
         >>> stacked("weight_hh_l1_reverse")
@@ -48,5 +48,5 @@ def stacked(name: str) -> Stacked | None:
 
 
 def joined(path: str, name: str) -> str:
-    """Returns the name of something below a path, which is empty for the model itself."""
+    """Joins a path and a name below it; the path of the model itself is empty."""
     return f"{path}.{name}" if path else name

@@ -1,4 +1,4 @@
-"""Reads layers off the names of parameters, for those who have `(name, parameter)` pairs and no module."""
+"""Derives layers from parameter names, for callers with `(name, parameter)` pairs instead of a module."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -14,25 +14,25 @@ from tamegrad.torch.model.names import CELL_TYPES, ROOT, WRAPPED_NAMES, joined, 
 
 __all__ = ["read_pairs"]
 
-# Only an attention module has one of these; its `out_proj` belongs to it.
+# Only attention modules own these; their `out_proj` belongs to the same layer.
 _ATTENTION_NAMES = ("in_proj_weight", "q_proj_weight")
 _PARAMETRIZATION = re.compile(r"(^|\.)parametrizations\.([^.]+)\..+$")
 
 
 def read_pairs(pairs: Iterable[tuple[str, nn.Parameter]], merged: Sequence[str] = ()) -> ModelLayers:
-    """Reads the layers off the names that `module.named_parameters()` gives.
+    """Derives the layers from the names that `module.named_parameters()` yields.
 
-    The names are as `find_layers` finds them, as far as a name can tell: what stands before the last dot is the layer.
+    The result is that of `find_layers`, as far as names allow: everything before the last dot names the layer.
 
     Args:
         pairs: Names and parameters.
-        merged: Globs on paths; what is below a path that matches is one layer.
+        merged: Globs on paths; everything below a matching path forms one layer.
 
     Returns:
-        The layers in the order of the pairs; a parameter that comes twice belongs to the first.
+        The layers in the order of the pairs; a repeated parameter belongs to its first layer.
 
     Raises:
-        SettingError: If these are no pairs of a name and a parameter.
+        SettingError: If there are no pairs, or one is not a name and a parameter.
 
     Example:
         >>> from torch import nn
@@ -59,13 +59,13 @@ def read_pairs(pairs: Iterable[tuple[str, nn.Parameter]], merged: Sequence[str] 
 
 
 def _place(name: str, whole: str | None) -> tuple[str, str, str | None]:
-    """Returns the layer of a parameter, its type there and the layer's owner; `whole` is a layer with all below it."""
+    """Returns a parameter's layer, its type and the layer's owner; `whole` is the merged layer around it, if any."""
     name = _PARAMETRIZATION.sub(r"\1\2", name)
     if whole is not None:
         return whole or ROOT, name[len(whole) :].lstrip("."), None
     path, _, own = name.rpartition(".")
     if own.isdigit():
-        # An item of a ParameterList counts under the owner of the list.
+        # An item of a ParameterList belongs to the layer that owns the list.
         path, _, parameter_list = path.rpartition(".")
         return path or ROOT, joined(parameter_list, own), None
     if parts := stacked(own):
@@ -74,13 +74,13 @@ def _place(name: str, whole: str | None) -> tuple[str, str, str | None]:
 
 
 def _paths_above(name: str) -> list[str]:
-    """Returns the paths that a parameter is below, the outermost first; that of the model itself is empty."""
+    """Returns the paths of the modules that contain a parameter, outermost first; that of the model itself is empty."""
     parts = name.split(".")[:-1]
     return [".".join(parts[:length]) for length in range(len(parts) + 1)]
 
 
 def _cleaned(pairs: list[tuple[str, nn.Parameter]]) -> list[tuple[str, nn.Parameter]]:
-    """Takes the names of wrappers off."""
+    """Removes the names of wrappers."""
     pairs = [(".".join(part for part in name.split(".") if part not in WRAPPED_NAMES), p) for name, p in pairs]
     if all(name.startswith("module.") for name, _ in pairs):
         return [(name.removeprefix("module."), parameter) for name, parameter in pairs]
@@ -92,8 +92,8 @@ def _checked(pairs: object) -> list[tuple[str, nn.Parameter]]:
     if not listed or not all(_is_pair(pair) for pair in listed):
         raise SettingError(
             "model",
-            got=f"a {type(pairs).__name__} of no such pairs",
-            allowed="a torch.nn.Module, or pairs of a name and a parameter",
+            got=f"a {type(pairs).__name__} without (name, parameter) pairs",
+            allowed="a torch.nn.Module, or (name, parameter) pairs",
             advice="pass the model itself, or model.named_parameters()",
         )
     return listed

@@ -1,24 +1,21 @@
 """Makes the plan of a model, and makes it anew when the model changes."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
 from tamegrad.errors import UnmatchedError
 from tamegrad.groups import Plan, make_plan, unmatched_overrides
-from tamegrad.policy import Policy
-from tamegrad.torch.model.layers import check_patterns, find_layers
+from tamegrad.torch.model.layers import ModelLayers, check_patterns, find_layers
 from tamegrad.torch.model.pairs import read_pairs
 from tamegrad.torch.model.selection import Selection
 from tamegrad.torch.model.unsupported import refuse_unsupported
 from tamegrad.torch.model.watch import ModuleWatch
+from tamegrad.torch.settings import Settings
 from tamegrad.torch.sharded.distributed import Reduction
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 __all__ = ["Model", "PlannedModel", "Planner"]
 
@@ -49,29 +46,19 @@ class Planner:
 
     Args:
         model: The model, or pairs of a name and a parameter.
-        policy: Which layer gets which strategy.
-        merged: Globs on module paths: each module that matches is one layer with all below it.
-        process_groups: For a pipeline: groups with one rank of every stage.
+        settings: What the user set.
         selection: Which parameters are planned for.
 
     Raises:
         SettingError: If `model` is neither of the two, or FSDP1 or DeepSpeed has its gradients.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        policy: Policy,
-        merged: Sequence[str],
-        process_groups: Sequence["ProcessGroup"],
-        selection: Selection,
-    ) -> None:
-        self._policy = policy
-        self._merged = merged
-        self._process_groups = process_groups
+    def __init__(self, model: Model, settings: Settings, selection: Selection) -> None:
+        self._settings = settings
         self._selection = selection
         self._module = model if isinstance(model, nn.Module) else None
-        self._layers = find_layers(model, merged) if isinstance(model, nn.Module) else read_pairs(model, merged)
+        read: Any = read_pairs if self._module is None else find_layers
+        self._layers: ModelLayers = read(model, settings.layers)
         refuse_unsupported(model, self._layers)
 
     def first_plan(self) -> PlannedModel:
@@ -96,7 +83,7 @@ class Planner:
             SettingError: As `first_plan` does.
         """
         if self._module is not None:
-            self._layers = find_layers(self._module, self._merged)
+            self._layers = find_layers(self._module, self._settings.layers)
         return self._plan(first=False)
 
     def is_stale(self, planned: PlannedModel) -> bool:
@@ -106,16 +93,16 @@ class Planner:
         return moved or self._selection.changed() or planned.watch.changed()
 
     def _plan(self, *, first: bool) -> PlannedModel:
-        selected = self._selection.of(self._layers)
+        selected = self._selection.apply(self._layers)
 
         def make() -> tuple[Plan, dict[str, UnmatchedError]]:
             if first:
-                check_patterns(self._merged, self._layers.paths)
-            unmatched = unmatched_overrides(self._layers.layers, self._policy) if first else {}
-            return make_plan(selected.layers, self._policy), unmatched
+                check_patterns(self._settings.layers, self._layers.paths)
+            unmatched = unmatched_overrides(self._layers.layers, self._settings.policy) if first else {}
+            return make_plan(selected.layers, self._settings.policy), unmatched
 
         parameters = tuple(selected.parameters)
-        reduction = Reduction(parameters, self._process_groups)
+        reduction = Reduction(parameters, self._settings.process_groups)
         plan = reduction.agree(make)
         # Pairs of names and parameters have no modules, and so none that change.
         watch = ModuleWatch(nn.Module() if self._module is None else self._module)

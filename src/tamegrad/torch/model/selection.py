@@ -6,38 +6,31 @@ from torch import nn
 
 from tamegrad.torch.model.layers import ModelLayers
 
-__all__ = ["GivenParameters", "Selection"]
+__all__ = ["Selection"]
 
 
 class Selection:
     """All parameters of the model; subclasses select some."""
 
-    def of(self, layers: ModelLayers) -> ModelLayers:
-        """Returns the layers with the selected parameters only.
+    @staticmethod
+    def of(parameters: "Iterable[nn.Parameter] | Selection | None") -> "Selection":
+        """Returns the selection of the listed parameters, or of all if none are listed."""
+        if isinstance(parameters, Selection):
+            return parameters
+        return Selection() if parameters is None else _Listed(parameters)
 
-        Args:
-            layers: All layers of the model.
-
-        Returns:
-            What is left.
-        """
+    def apply(self, layers: ModelLayers) -> ModelLayers:
+        """Returns the layers with the selected parameters only."""
         return layers
 
     def changed(self) -> bool:
-        """Returns whether another selection would be made now than last time."""
+        """Returns whether `apply` would select other parameters now than last time."""
         return False
 
 
-class GivenParameters(Selection):
-    """The parameters that a user listed.
-
-    Args:
-        parameters: The list; those that are not the model's are ignored.
-    """
-
+class _Listed(Selection):
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         self._parameters = list(parameters)
 
-    def of(self, layers: ModelLayers) -> ModelLayers:
-        """Returns the layers with these parameters only."""
+    def apply(self, layers: ModelLayers) -> ModelLayers:
         return layers.restricted_to(self._parameters)

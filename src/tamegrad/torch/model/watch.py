@@ -1,6 +1,7 @@
 """Notices that a model has changed since its plan was made: a layer added, replaced or removed."""
 
 import operator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any
 
@@ -31,20 +32,28 @@ class ModuleWatch:
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = list(model.modules())
-        self._names, self._entries = self._tables()
+        tables = chain(map(_parameters_of, self._modules), map(_modules_of, self._modules))
+        # Some libraries put other mappings in place of the dictionaries.
+        self._are_dictionaries = all(isinstance(table, dict) for table in tables)
+        self._entries = list(self._current())
 
     def changed(self) -> bool:
-        """Returns whether a module or a parameter was added, replaced, renamed or removed."""
-        names, entries = self._tables()
-        # Tensors compare element by element, so that identity has to be asked for; strings compare as fast.
-        return names != self._names or not all(map(operator.is_, entries, self._entries))
-
-    def _tables(self) -> tuple[list[str], list[object]]:
-        """Returns the names in all tables of all modules, and the parameters and modules that they name."""
-        tables: list[Any] = [*map(_parameters_of, self._modules), *map(_modules_of, self._modules)]
-        names = list(chain.from_iterable(tables))
+        """Returns whether a module or a parameter was added, replaced or removed."""
         try:
-            return names, list(chain.from_iterable(map(dict.values, tables)))
+            return not all(map(operator.is_, _ended(self._entries), _ended(self._current())))
         except TypeError:
-            # Some modules have tables of their own that are no dictionaries.
-            return names, [entry for table in tables for entry in table.values()]
+            # A dictionary was replaced by another mapping.
+            return True
+
+    def _current(self) -> Iterator[object]:
+        """Returns the parameters and modules that are in the tables of the modules now."""
+        values_of: Any = dict.values if self._are_dictionaries else operator.methodcaller("values")
+        # Most modules have no others below them, and empty tables take as long as full ones.
+        modules = filter(None, map(_modules_of, self._modules))
+        tables = chain(map(_parameters_of, self._modules), modules)
+        return chain.from_iterable(map(values_of, tables))
+
+
+def _ended(entries: Iterable[object]) -> Iterator[object]:
+    """Adds an end mark that differs from every entry, so that `map` cannot stop early without a difference."""
+    return chain(entries, (ModuleWatch,))

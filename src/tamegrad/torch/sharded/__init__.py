@@ -1,0 +1,1 @@
+"""One sum over ranks: what sharded tensors say about themselves, and the collectives of plans and steps."""

@@ -1,7 +1,7 @@
-"""The step between measuring and deciding where several processes train one model: one sum over all of them.
+"""The reduction between measuring and deciding when several processes train one model: one sum over all ranks.
 
-Every rank measures the parts that it has; of equal parts one rank counts. The table of sums is laid out by the plan,
-whatever gradients there are, so that no rank waits for another that has nothing to add.
+Every rank measures its own shards; replicas are counted once. The plan fixes the layout of the table of sums,
+whichever gradients are present, so that no rank waits for another that has nothing to add.
 """
 
 import hashlib
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from tamegrad.decide import COLUMNS
 from tamegrad.errors import SettingError, TamegradError, UnmatchedError
 from tamegrad.groups import Plan
-from tamegrad.decide import COLUMNS
 from tamegrad.torch.sharded.sharding import first_rank, is_counted, is_sharded, mesh_of, ranks_together
 
 if TYPE_CHECKING:
@@ -28,11 +28,11 @@ __all__ = ["Reduction", "check_process_groups"]
 
 @dataclass(frozen=True, slots=True)
 class _Card:
-    """What a rank tells the others when its plan is made.
+    """What each rank sends the others when it makes its plan.
 
     Args:
-        problem: Why it has no plan.
-        digest: Of its plan.
+        problem: The error that left it without a plan, if any.
+        digest: A digest of its plan.
         firsts: The first rank of each of its meshes.
     """
 
@@ -42,12 +42,12 @@ class _Card:
 
 
 class Reduction:
-    """Adds up over ranks what they measured; on a model that is not sharded there is nothing to do.
+    """Sums the measurements over ranks; does nothing if the model is not sharded.
 
     Args:
         parameters: The parameters in the order of the plan.
-        process_groups: The groups that sums over the whole model go over as well: those of a pipeline, in each of which
-            every stage has one rank.
+        process_groups: Further process groups that sums over the whole model include: those of a pipeline, each with
+            one rank of every stage.
     """
 
     def __init__(self, parameters: Sequence[Tensor], process_groups: Sequence["ProcessGroup"]) -> None:
@@ -64,10 +64,11 @@ class Reduction:
         self.counted: tuple[bool, ...] = (True,) * len(parameters)
 
     def agree(self, make: Callable[[], tuple[Plan, Mapping[str, UnmatchedError]]]) -> Plan:
-        """Makes the plan of this rank and compares it with those of the others, which takes a few collectives.
+        """Makes this rank's plan and compares it with those of the others, in a few collectives.
 
         Args:
-            make: Makes the plan, and says which overrides match nothing here. In a pipeline they may in another stage.
+            make: Returns the plan, and an error for each override that matches nothing here; in a pipeline, another
+                stage may have a match.
 
         Returns:
             The plan.
@@ -75,7 +76,7 @@ class Reduction:
         Raises:
             TamegradError: What `make` raised.
             UnmatchedError: If an override matches nothing in any stage.
-            SettingError: If another rank has no plan or another plan; then every rank raises.
+            SettingError: If another rank has no plan or a different one; then every rank raises.
         """
         plan, problem = None, None
         unmatched: Mapping[str, UnmatchedError] = {}
@@ -85,7 +86,7 @@ class Reduction:
             problem = error
         if not self._stages:
             problem = problem or next(iter(unmatched.values()), None)
-        # Nobody raises before the last collective: others would wait for what this rank no longer joins.
+        # No rank raises before the last collective, which the others would wait for.
         if self._group is not None:
             found = self._compare(self._group, plan, problem)
             problem = problem or found
@@ -98,14 +99,14 @@ class Reduction:
         return plan
 
     def reduce(self, table: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Adds up what the ranks measured; every rank has to call it.
+        """Sums the tables of the ranks; every rank must call it.
 
         Args:
             table: `(G, COLUMNS)` float64 sums of what this rank counts.
 
         Returns:
             The sums over all ranks, the same bits on each; and for a pipeline the `(COLUMNS,)` sums over all groups of
-            all stages.
+            all stages, else None.
         """
         if self._group is not None:
             table = _sum(table, self._group, self._device)
@@ -117,13 +118,13 @@ class Reduction:
         return table, total
 
     def reduce_counts(self, counts: Tensor) -> Tensor:
-        """Adds up `(P, N)` counts of what is in each parameter; every rank has to call it."""
+        """Sums `(P, N)` counts, one row a parameter, over the ranks; every rank must call it."""
         if self._group is None:
             return counts
         return _sum(counts * torch.tensor(self.counted, device=counts.device)[:, None], self._group, self._device)
 
     def _compare(self, group: "ProcessGroup", plan: Plan | None, problem: TamegradError | None) -> TamegradError | None:
-        """Compares plans, and finds out who counts what; returns why the ranks cannot go on."""
+        """Compares plans and settles which rank counts which shard; returns an error if the ranks cannot go on."""
         lines = _described(plan, self._parameters) if plan is not None else []
         digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
         firsts = tuple(map(first_rank, self._meshes))
@@ -134,9 +135,9 @@ class Reduction:
             rank, message = next(iter(failed.items()))
             return SettingError(
                 f"the plan of rank {rank}",
-                got=f"an error there: {message}",
+                got=f"an error: {message}",
                 allowed="the same model and the same settings on every rank",
-                advice=f"mend what rank {rank} says",
+                advice=f"fix the error on rank {rank}",
             )
         if any(other.digest != digest for other in cards):
             return _difference(lines, group, self._ranks)
@@ -152,11 +153,11 @@ class Reduction:
 
 
 class _Stages:
-    """The sums that the stages of a pipeline share: of each group of the whole model, and of everything.
+    """The sums that the stages of a pipeline share: one for each `per="model"` group, and the total.
 
     Args:
         group: One rank of every stage.
-        device: Where its collectives work.
+        device: The device of its collectives.
     """
 
     def __init__(self, group: "ProcessGroup", device: torch.device) -> None:
@@ -168,16 +169,16 @@ class _Stages:
     def compare(
         self, plan: Plan | None, problem: TamegradError | None, unmatched: Mapping[str, UnmatchedError]
     ) -> TamegradError | None:
-        """Finds out which groups the stages share; returns why they cannot go on."""
+        """Finds the groups that the stages share; returns an error if they cannot go on."""
         groups = [] if plan is None else [(row, g) for row, g in enumerate(plan.groups) if g.strategy.per == "model"]
         mine = {group.name: str(group.strategy) for _, group in groups}
         shared: dict[str, str] = {}
         nowhere = set(unmatched)
-        told = _gathered((mine, set(unmatched), None if problem is None else str(problem)), self._group)
-        for rank, (theirs, missing, failed) in zip(dist.get_process_group_ranks(self._group), told, strict=True):
+        answers = _gathered((mine, set(unmatched), None if problem is None else str(problem)), self._group)
+        for rank, (theirs, missing, failed) in zip(dist.get_process_group_ranks(self._group), answers, strict=True):
             nowhere &= missing
             if failed is not None:
-                return _stage_error(f"an error on rank {rank}: {failed}", f"mend what rank {rank} says")
+                return _stage_error(f"an error on rank {rank}: {failed}", f"fix the error on rank {rank}")
             for name, strategy in theirs.items():
                 if shared.setdefault(name, strategy) != strategy:
                     both = f"{shared[name]} and, on rank {rank}, {strategy} for the group {name!r}"
@@ -191,7 +192,7 @@ class _Stages:
         return None
 
     def reduce(self, table: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds up the rows that the stages share, and their totals."""
+        """Sums the shared rows, and the totals, over the stages."""
         if self._rows.device != table.device:
             self._rows, self._places = self._rows.to(table.device), self._places.to(table.device)
         packed = table.new_zeros(self._count + 1, COLUMNS)
@@ -203,13 +204,13 @@ class _Stages:
 
 
 def check_process_groups(process_groups: Sequence["ProcessGroup"]) -> None:
-    """Refuses what is no sequence of process groups.
+    """Refuses anything but a sequence of process groups.
 
     Args:
         process_groups: The setting.
 
     Raises:
-        SettingError: If it is something else.
+        SettingError: If it is anything else.
     """
     entries: Sequence[object] = process_groups if isinstance(process_groups, list | tuple) else [process_groups]
     wrong = [entry for entry in entries if not isinstance(entry, dist.ProcessGroup)]
@@ -227,25 +228,25 @@ def _stage_error(got: str, advice: str) -> SettingError:
 
 
 def _difference(lines: list[str], group: "ProcessGroup", ranks: Sequence[int]) -> SettingError:
-    """Finds, together with the other ranks, where plans differ from the first rank's."""
+    """Finds where the plans differ from the first rank's; every rank must call it."""
     theirs: list[list[str]] = [lines if dist.get_rank() == ranks[0] else []]
     dist.broadcast_object_list(theirs, src=ranks[0], group=group)
     longest = max(len(lines), len(theirs[0]))
-    pairs = zip(*(side + ["nothing more"] * (longest - len(side)) for side in (theirs[0], lines)), strict=True)
+    pairs = zip(*(side + ["(end of plan)"] * (longest - len(side)) for side in (theirs[0], lines)), strict=True)
     found = _gathered(next((pair for pair in pairs if pair[0] != pair[1]), None), group)
     other = [rank for rank, pair in zip(ranks, found, strict=True) if pair is not None]
     first, here = found[ranks.index(other[0])]
     return SettingError(
         "the plans of the ranks",
-        got=f"other plans than rank {ranks[0]}'s on {len(other)} of {len(ranks)} ranks, the first of them {other[0]}: "
-        f"{here!r} instead of {first!r}",
+        got=f"plans that differ from rank {ranks[0]}'s on {len(other)} of {len(ranks)} ranks, first on rank {other[0]}"
+        f": {here!r} instead of {first!r}",
         allowed="the same model and the same settings on every rank",
-        advice="build the model, its meshes and the policy alike on every rank; print(normalizer.plan) shows a plan",
+        advice="build the same model, meshes and policy on every rank; print(normalizer.plan) shows a plan",
     )
 
 
 def _described(plan: Plan, parameters: Sequence[Any]) -> list[str]:
-    """Returns what has to be the same on all ranks, line by line."""
+    """Returns what must be the same on all ranks, as lines of text."""
     lines = [f"{group.name}: {group.strategy}" for group in plan.groups]
     for entry, group, parameter in zip(plan.parameters, plan.group_of, parameters, strict=True):
         mesh = mesh_of(parameter)
@@ -254,7 +255,7 @@ def _described(plan: Plan, parameters: Sequence[Any]) -> list[str]:
     return lines
 
 
-def _gathered(mine: Any, group: "ProcessGroup") -> list[Any]:  # noqa: ANN401  whatever can be pickled
+def _gathered(mine: Any, group: "ProcessGroup") -> list[Any]:  # noqa: ANN401  anything picklable
     everyone: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyone, mine, group=group)
     return everyone
@@ -267,19 +268,19 @@ def _sum(tensor: Tensor, group: "ProcessGroup", device: torch.device) -> Tensor:
 
 
 def _device_for(group: "ProcessGroup", parameters: Sequence[Tensor]) -> torch.device:
-    """Returns where a group's collectives work: with the parameters if they can, else where they can."""
-    # By the plan, not by the gradients: a rank without any has to choose as the others do.
+    """Returns the device for a group's collectives: that of the parameters if the group supports it."""
+    # From the parameters, not the gradients: a rank without gradients must choose the same device.
     home = parameters[0].device
     able = [entry.partition(":")[0] for entry in dist.get_backend_config(group).split(",")]
     return home if home.type in able else torch.device(able[0])
 
 
-# The groups that were made, for each world, since a group takes connections and cannot be taken back.
+# The process groups made so far, by world: each holds connections, and is never released.
 _made: WeakKeyDictionary["ProcessGroup", dict[tuple[int, ...], "ProcessGroup"]] = WeakKeyDictionary()
 
 
 def _group_of(ranks: Sequence[int], meshes: Sequence["DeviceMesh"]) -> "ProcessGroup":
-    """Returns a process group of these ranks, if possible one that there is."""
+    """Returns a process group of these ranks, an existing one if possible."""
     world = dist.group.WORLD
     assert world is not None
     if len(ranks) == dist.get_world_size():
@@ -289,6 +290,6 @@ def _group_of(ranks: Sequence[int], meshes: Sequence["DeviceMesh"]) -> "ProcessG
             return group
     groups = _made.setdefault(world, {})
     if tuple(ranks) not in groups:
-        # Ranks that are not in it, which may be stages of a pipeline, do not know of it.
+        # Ranks outside it, such as other pipeline stages, do not take part in making it.
         groups[tuple(ranks)] = dist.new_group(list(ranks), use_local_synchronization=True)
     return groups[tuple(ranks)]

@@ -1,4 +1,4 @@
-"""Gradients whose placements differ from their parameters': usually partial sums that no all-reduce has added up yet.
+"""Gradients whose placements differ from their parameters': usually partial sums, still to be all-reduced.
 
 Sequence parallelism leaves such gradients on the parameters of its normalization layers.
 """
@@ -14,22 +14,22 @@ from tamegrad.torch.sharded.sharding import local_part, mesh_of
 
 __all__ = ["with_placements_of"]
 
-# A mesh and one of its dimensions, how its ranks' parts make the whole, and their dtype.
+# A mesh, one of its dimensions, the reduce operation and the dtype.
 _Pending: TypeAlias = tuple[Any, int, str, torch.dtype]
 
 
 def with_placements_of(parameters: Sequence[Any], gradients: Mapping[int, Any]) -> dict[int, Any]:
     """Redistributes gradients to the placements of their parameters.
 
-    Partial sums take one all-reduce for each mesh dimension and dtype, whatever the number of gradients. All ranks of a
-    mesh have to call this with the same gradients.
+    Partial sums take one all-reduce for each mesh dimension and dtype, for any number of gradients. All ranks of a mesh
+    must call this with the same gradients.
 
     Args:
         parameters: The parameters in the order of the plan; those with such a gradient are DTensors.
         gradients: DTensors on the same meshes, by position, in the same order on every rank.
 
     Returns:
-        New DTensors by position; the gradients stay as they were.
+        New DTensors by position; the gradients are not changed.
     """
     result = dict(gradients)
     while pending := _pending(result):
@@ -44,11 +44,11 @@ def with_placements_of(parameters: Sequence[Any], gradients: Mapping[int, Any]) 
 
 
 def _pending(gradients: Mapping[int, Any]) -> dict[_Pending, list[int]]:
-    """Returns which gradients have to be added up together; each once, along its first such dimension."""
+    """Returns the gradients to all-reduce together, each once, along its first partial dimension."""
     pending: dict[_Pending, list[int]] = {}
     for position, gradient in gradients.items():
         for dimension, placement in enumerate(gradient.placements):
-            # Other kinds than these, which no gradient has had so far, are left to PyTorch's own redistribution.
+            # Any other operation, which no gradient has had so far, is left to PyTorch's own redistribution.
             if placement.is_partial() and placement.reduce_op in {"sum", "avg"}:
                 key = mesh_of(gradient), dimension, placement.reduce_op, gradient.dtype
                 pending.setdefault(key, []).append(position)
@@ -66,8 +66,8 @@ def _added_up(parts: list[Tensor], mesh: Any, dimension: int, operation: str) ->
 
 
 def _replicated(gradient: Any, part: Tensor, dimension: int) -> Any:  # noqa: ANN401  DTensors
-    """Returns a DTensor like the gradient, but with this part, which all ranks of the dimension have."""
-    from torch.distributed.tensor import DTensor, Replicate  # noqa: PLC0415  takes long, and few need it
+    """Returns a DTensor like the gradient, but with this shard, replicated along the dimension."""
+    from torch.distributed.tensor import DTensor, Replicate  # noqa: PLC0415  slow, and rarely needed
 
     placements = list(gradient.placements)
     placements[dimension] = Replicate()

@@ -1,6 +1,6 @@
-"""What a sharded tensor says about itself: the mesh it lies on, what of it is here, and which rank counts it.
+"""Queries on sharded tensors: their mesh, their local shard, and which rank counts each shard.
 
-A sharded tensor is PyTorch's `DTensor`. It is known by its `device_mesh`, so that models without any need nothing of
+A sharded tensor is PyTorch's `DTensor`, recognized by its `device_mesh`, so that models without one do not need
 `torch.distributed`. A rank is a process.
 """
 
@@ -26,18 +26,18 @@ __all__ = [
     "with_local_part",
 ]
 
-# Of each mesh of a model, which of the slices of a larger mesh it is, and how many there are: each holds a copy.
+# For each mesh of a model, its index among the parallel slices of a larger mesh, and their number; each is a replica.
 Slices: TypeAlias = Mapping["DeviceMesh", tuple[int, int]]
 
 
 def mesh_of(tensor: Tensor) -> "DeviceMesh | None":
-    """Returns the mesh that a tensor lies on, or None for a plain tensor."""
+    """Returns the mesh of a tensor, or None for a plain tensor."""
     mesh: DeviceMesh | None = getattr(tensor, "device_mesh", None)
     return mesh
 
 
 def is_sharded(parameters: Iterable[Any]) -> bool:
-    """Says whether a rank has only a part of some tensor."""
+    """Returns whether any parameter is split over ranks."""
     return any(
         not placement.is_replicate() and mesh.size(dimension) > 1
         for parameter in parameters
@@ -47,16 +47,16 @@ def is_sharded(parameters: Iterable[Any]) -> bool:
 
 
 def local_part(tensor: Any) -> Tensor:  # noqa: ANN401  a DTensor
-    """Returns what of a sharded tensor this rank has, in the same memory."""
+    """Returns this rank's shard of a tensor, in the same memory."""
     part: Tensor = tensor.to_local()
-    # PyTorch may give a stand-in for what a collective is still working on.
+    # This may be an AsyncCollectiveTensor, whose collective is still running.
     wait: Callable[[], Tensor] | None = getattr(part, "wait", None)
     return part if wait is None else wait()
 
 
 def with_local_part(like: Any, part: Tensor) -> Tensor:  # noqa: ANN401  a DTensor
-    """Returns a sharded tensor, placed like another one, of which this rank has this part."""
-    from torch.distributed.tensor import DTensor  # noqa: PLC0415  takes long, and who has a DTensor has paid for it
+    """Returns a DTensor with the placements of `like`, and `part` as this rank's shard."""
+    from torch.distributed.tensor import DTensor  # noqa: PLC0415  slow, and already imported where there is a DTensor
 
     return DTensor.from_local(
         part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
@@ -64,15 +64,15 @@ def with_local_part(like: Any, part: Tensor) -> Tensor:  # noqa: ANN401  a DTens
 
 
 def first_rank(mesh: "DeviceMesh") -> int:
-    """Returns the first rank of a mesh, which tells it from other slices of the same mesh."""
+    """Returns the first rank of a mesh, which identifies it among parallel slices of a larger mesh."""
     return int(mesh.mesh.flatten()[0])
 
 
 def ranks_together(meshes: Iterable["DeviceMesh"], rank: int) -> list[int]:
     """Returns the ranks that the sums of a model go over.
 
-    Those are the ranks of its meshes, of the meshes that these ranks have in the same places, and so on: all of a mesh
-    if some layers lie on its rows and others on its columns. Each of these ranks gets the same answer.
+    These are the ranks of its meshes, of the parallel slices that those ranks belong to, and so on: a whole mesh if
+    some layers are sharded over its rows and others over its columns. Each of these ranks gets the same answer.
 
     Args:
         meshes: The meshes of the model's parameters, as this rank sees them.
@@ -90,14 +90,14 @@ def ranks_together(meshes: Iterable["DeviceMesh"], rank: int) -> list[int]:
 
 
 def _parallel_slices(mesh: "DeviceMesh") -> list[list[int]]:
-    """Returns the ranks of each slice of a mesh's root that runs along the same dimensions; one is the mesh itself."""
-    # PyTorch has no public way to ask what a mesh is a slice of.
+    """Returns the ranks of each slice of the root mesh along a mesh's dimensions; one slice is the mesh itself."""
+    # PyTorch has no public API for a mesh's root.
     find_root = getattr(mesh, "_get_root_mesh", None)
     if find_root is None:
         raise SettingError(
             "model",
             got=f"sharded parameters under PyTorch {torch.__version__}",
-            allowed="a PyTorch whose meshes know what they are slices of, as 2.13 does",
+            allowed="a PyTorch whose meshes know their root mesh, such as 2.13",
             advice="pip install --upgrade torch",
         )
     root: Tensor = find_root().mesh
@@ -110,17 +110,17 @@ def _parallel_slices(mesh: "DeviceMesh") -> list[list[int]]:
 
 
 def is_counted(tensor: Any, turn: int, slices: Slices, ranks: Sequence[int], rank: int) -> bool:  # noqa: ANN401
-    """Says whether, of all ranks that have the same part of a tensor, it is this one that counts it.
+    """Returns whether this rank counts its shard of a tensor: of all ranks with the same shard, one does.
 
     Args:
         tensor: A DTensor, or a plain tensor, which is the same on all ranks.
         turn: A number that differs from tensor to tensor, so that the ranks take turns.
-        slices: Of the model's meshes.
+        slices: The slices of the model's meshes.
         ranks: All ranks that the sums go over.
-        rank: This one of them.
+        rank: This rank.
 
     Returns:
-        Whether it is.
+        Whether this rank counts it.
     """
     mesh = mesh_of(tensor)
     if mesh is None:

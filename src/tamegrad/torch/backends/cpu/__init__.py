@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tamegrad.decide import AFTER, BEFORE, COLUMNS, Decision
-from tamegrad.errors import SettingError
 from tamegrad.groups import Plan
 from tamegrad.torch.backends.base import Backend
 from tamegrad.torch.backends.cpu import threads
@@ -62,35 +61,22 @@ class CpuBackend(Backend):
         """Changes gradients in one call for each dtype; a group that keeps its values is not touched.
 
         Raises:
-            SettingError: If a gradient was given other memory since it was measured; nothing was changed.
+            SettingError: If a gradient changed its size or dtype since it was measured; nothing was changed.
         """
         if not _can_read(gradients):
             self._fallback.apply_(gradients, decision, changed)
             return
-        positions, tensors = _present(gradients, changed)
-        if not tensors:
-            return
-        # Addresses are looked up again: code that ran since measuring may have given a gradient other memory.
-        measured, now = gradients.memory, Memory.of(tensors).scattered(positions, len(changed))
-        same = (now.counts == measured.counts) & (now.dtypes == measured.dtypes) & now.held
-        if not same[positions].all():
-            raise SettingError(
-                "normalize_()",
-                got="a gradient that changed its size or dtype while it was normalized",
-                allowed="gradients that no other thread, signal handler or finalizer replaces in the meantime",
-                advice="let the other code wait until the optimizer step is done",
-            )
-        torch.autograd.graph.increment_version(tensors)
-        work = self._work_for(measured)
+        held = gradients.to_write(changed)
+        work = self._work_for(gradients.memory)
         chosen = changed[work.chunks[:, 0]]
         chunks = work.chunks[chosen]
-        decided = np.empty((len(decision.first), 4))
+        decided = np.empty((len(decision.norms), 4))
         decided[:, 0], decided[:, 1] = decision.first, decision.second
         decided[:, 2] = np.inf if decision.limits is None else decision.limits
         decided[:, 3] = False if decision.zeroed is None else decision.zeroed
         for format_, bounds in share_out(chunks, work.chunk_dtypes[chosen]):
-            args = chunks, now.addresses, self.group_of, decided, format_.pairs, format_.like
-            threads.run(change_chunks, format_.like.dtype, bounds, *args, alive=now)
+            args = chunks, held.memory.addresses, self.group_of, decided, format_.pairs, format_.like
+            threads.run(change_chunks, format_.like.dtype, bounds, *args, alive=held)
 
     def _added_up(self, work: Work, sums: NDArray[np.float64], rows: NDArray[np.float64]) -> NDArray[np.float64]:
         """Adds up the sums of chunks by group, always in the same order."""
@@ -113,14 +99,3 @@ class CpuBackend(Backend):
 
 def _can_read(gradients: Gradients) -> bool:
     return gradients.on_host and (CONVERTS_FLOAT16 or not (gradients.memory.dtypes == _FLOAT16).any())
-
-
-def _present(gradients: Gradients, changed: NDArray[np.bool_]) -> tuple[NDArray[np.int64], list[Tensor]]:
-    """Returns the positions of the gradients that change, and the gradients."""
-    positions, tensors = [], []
-    for position in np.flatnonzero(changed).tolist():
-        values = gradients.values[position]
-        if values is not None:
-            positions.append(position)
-            tensors.append(values)
-    return np.array(positions, dtype=np.int64), tensors

@@ -1,11 +1,11 @@
-"""The compiled loops of the CPU backend: over chunks of gradients that are given by address.
+"""The compiled loops of the CPU backend, over chunks of gradients given by address.
 
-A chunk is a row `(position, start, length)`: the position of its gradient among the plan's parameters, and which of its
-real numbers; a complex number is a pair of them. Every loop runs over a slice from 0, because an index that starts
-elsewhere may be negative to Numba, which keeps it from using vector instructions.
+A chunk is a row `(position, start, length)`: the position of its gradient among the plan's parameters, and a range of
+its real numbers; a complex number is two of them. Every loop runs over a slice from 0: an index that starts elsewhere
+may be negative as far as Numba knows, and then it does not vectorize.
 
-NumPy knows no bfloat16, and Numba no float16 on the CPU. Both are read as the 16-bit integers that hold their bits:
-`uint16` stands for bfloat16 and `int16` for float16.
+NumPy has no bfloat16, and Numba no float16 on the CPU. Both are read as 16-bit integers with the same bits: `uint16`
+stands for bfloat16 and `int16` for float16.
 """
 
 import math
@@ -34,20 +34,20 @@ from tamegrad.torch.backends.cpu.compiler import (
 
 __all__ = ["BLOCK", "change_chunks", "measure_chunks"]
 
-# Sums are taken in blocks, so that the rounding errors of a long sum stay small.
+# Sums are taken in blocks, which keeps the rounding errors of a long sum small.
 BLOCK = 4096
-# A sum of squares between these has lost nothing that counts: no square was infinite, and no chunk is so long that
-# squares under the smallest normal number add up to anything beside it.
+# A sum of squares between these is accurate: no square overflowed, and no chunk is long enough for squares below the
+# smallest normal number to matter.
 SAFE_ABOVE, SAFE_BELOW = 2.0**-900, 2.0**972
 
 
 def widened(value: Any) -> Any:
-    """Returns the value that bits stand for, as float64. Only for compiled code."""
+    """Returns the value that bits encode, as float64. Only for compiled code."""
     raise NotImplementedError
 
 
 def narrowed(value: Any, like: Any) -> Any:
-    """Returns the bits of a float64 in the dtype of an array's values. Only for compiled code."""
+    """Returns the bits of a float64 rounded to the dtype of an array. Only for compiled code."""
     raise NotImplementedError
 
 
@@ -99,7 +99,7 @@ def largest(values: Any) -> Any:
 
 @reordered
 def _largest_bits(bits: Any, magnitude: Any) -> Any:
-    """Returns the largest of some integers of which some bits count; without the sign, floats have the same order."""
+    """Returns the largest of the masked integers; without the sign bit, floats have the same order as their bits."""
     most = bits.dtype.type(0)
     for index in range(bits.size):
         most = max(most, bits.dtype.type(bits[index] & magnitude))
@@ -136,7 +136,7 @@ def _squares(values: Any) -> Any:
 
 @reordered
 def _squares_and_cut(values: Any, limit: Any) -> Any:
-    """Sums squares twice: as they are, and of real numbers that are cut at a limit."""
+    """Sums the squares of real numbers twice: as they are, and cut to a limit."""
     before, after = 0.0, 0.0
     for index in range(values.size):
         magnitude = abs(widened(values[index]))
@@ -156,11 +156,11 @@ def _measure_quickly(values: Any) -> Any:
 
 @inlined
 def _measure_cut_quickly(values: Any, limit: Any, row: Any) -> None:
-    """Measures real numbers before and after a cut, reading a block again only if it is the first of some to be cut."""
+    """Measures real numbers before and after a cut, reading a block twice only if it starts a run of cut ones."""
     cut = False
     for start in range(0, values.size, BLOCK):
         block = values[start : start + BLOCK]
-        # Where a block was cut the next mostly is too.
+        # If a block was cut, the next one usually is too.
         before, after = _squares_and_cut(block, limit) if cut else (_squares(block), 0.0)
         expected, cut = cut, largest(block) > limit
         if cut and not expected:
@@ -172,7 +172,7 @@ def _measure_cut_quickly(values: Any, limit: Any, row: Any) -> None:
 
 @inlined
 def _add_square(magnitude: Any, sums: Any) -> None:
-    """Adds a square to the sum of its range; NaN counts as middle, infinity as big."""
+    """Adds a square to the sum of its range; NaN goes to the middle one, infinity to the big one."""
     if magnitude < SMALL_BELOW:
         sums[0] += (magnitude * SMALL_FACTOR) ** 2
     elif magnitude > BIG_ABOVE:
@@ -196,7 +196,7 @@ def _measure_slowly(values: Any, row: Any) -> None:
 
 @inlined
 def _measure_cut_slowly(values: Any, limit: Any, row: Any, pairs: Any) -> None:
-    """Does the same in three ranges, and for complex numbers, whose magnitude is cut."""
+    """Sums squares after the cut in three ranges; of complex numbers, the magnitude is cut."""
     row[6:10] = 0.0
     step = 2 if pairs else 1
     for index in range(0, values.size, step):
@@ -214,9 +214,9 @@ def _is_safe(total: Any) -> Any:
 
 @inlined
 def _measure(values: Any, limit: Any, pairs: Any, row: Any) -> Any:
-    """Returns the sum of squares if there is no more to say, as mostly; otherwise writes a row and returns -1.
+    """Returns the sum of squares if nothing else is to be reported, as usual; otherwise writes a row and returns -1.
 
-    Of what is cut nowhere, the sum after is the sum before.
+    If no value is cut, the sum after is the sum before.
     """
     has_limit = limit < np.inf
     total = 0.0
@@ -276,8 +276,7 @@ def _scale(values: Any, first: Any, second: Any) -> None:
 def cut(values: Any, limit: Any) -> None:
     """Cuts real numbers to a limit. Only for compiled code.
 
-    That the limit is rounded to their dtype first changes nothing: a value is above the one only if it is at least at
-    the other.
+    Rounding the limit to their dtype first changes nothing: a value above the limit is at or above the rounded one.
     """
     raise NotImplementedError
 
@@ -309,7 +308,7 @@ def _cut_pairs(values: Any, limit: Any) -> None:
         magnitude = math.hypot(real, imaginary)
         if magnitude > limit:
             if math.isinf(magnitude):
-                # It is past what a float64 holds; that of a half never is.
+                # The magnitude overflows float64; that of half the number never does.
                 real, imaginary = real / 2, imaginary / 2
                 magnitude = math.hypot(real, imaginary)
             values[index] = narrowed(real / magnitude * limit, values)
@@ -333,7 +332,7 @@ def _change(values: Any, first: Any, second: Any, limit: Any, zeroed: Any, pairs
 def _change_tasks(
     taken: Any, bounds: Any, chunks: Any, addresses: Any, group_of: Any, decided: Any, pairs: Any, like: Any
 ) -> None:
-    # From the last to the first: what was measured last is still in the cache.
+    # From the last to the first: what was measured last is still in the CPU cache.
     task = bounds.size - 2 - take_one(taken)
     while task >= 0:
         for index in range(bounds[task], bounds[task + 1]):

@@ -74,7 +74,9 @@ class Work:
 
     def fits(self, memory: Memory) -> bool:
         """Returns whether gradients have the sizes that this was planned for."""
-        return np.array_equal(memory.counts, self.counts) and np.array_equal(memory.dtypes, self.dtypes)
+        # Bytes compare in a fraction of the time that NumPy takes for a few numbers.
+        same_counts = memory.counts.tobytes() == self.counts.tobytes()
+        return same_counts and memory.dtypes.tobytes() == self.dtypes.tobytes()
 
 
 def cut_into_chunks(

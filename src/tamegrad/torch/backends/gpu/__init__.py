@@ -23,7 +23,7 @@ from tamegrad.decide import COLUMNS, Decision
 from tamegrad.errors import SettingError
 from tamegrad.groups import Plan
 from tamegrad.strategies import OnNonfinite
-from tamegrad.torch.backends.base import Backend
+from tamegrad.torch.backends.base import Backend, on_device
 from tamegrad.torch.backends.gpu.decide import NUMBERS, decide_groups, target_bounds
 from tamegrad.torch.backends.gpu.kernels import INTERPRETED, add_chunks, apply_chunk, measure_chunk
 from tamegrad.torch.backends.gpu.layout import BLOCK, CHUNK, Layout, facts_of, is_aligned, refuse_capture
@@ -131,22 +131,9 @@ class GpuBackend(Backend):
         Raises:
             SettingError: If a gradient changed its size or dtype since it was measured; nothing was changed.
         """
-        positions = [position for position, values in enumerate(gradients.values) if values is not None]
-        tensors = [values for values in gradients.values if values is not None]
-        # Addresses are looked up again: code that ran since measuring may have given a gradient other memory.
-        measured = gradients.memory
-        now = Memory.of(tensors).scattered(np.array(positions, dtype=np.int64), len(changed))
-        same = (now.counts == measured.counts) & (now.dtypes == measured.dtypes) & now.held
-        if not same.all():
-            raise SettingError(
-                "normalize_()",
-                got="a gradient that changed its size or dtype while it was normalized",
-                allowed="gradients that no other thread, signal handler or finalizer replaces in the meantime",
-                advice="let the other code wait until the optimizer step is done",
-            )
-        parts = self._parts(gradients, now)
-        torch.autograd.graph.increment_version([tensors[index] for index in np.flatnonzero(changed[positions])])
-        for part in parts:
+        del changed  # the device alone knows
+        held = gradients.to_write(np.ones(len(gradients.values), dtype=np.bool_))
+        for part in self._parts(gradients, held.memory):
             self._change_(part, decision)
 
     def _parts(self, gradients: Gradients, memory: Memory) -> list["_Part"]:
@@ -198,7 +185,7 @@ class GpuBackend(Backend):
             with _launching_on(device):
                 tables = part.addresses, layout.facts_on_device, layout.chunks
                 vectors = decision.first, decision.second, decision.limits, decision.zeroed
-                moved = (None if vector is None else _on(vector, device) for vector in vectors)
+                moved = (None if vector is None else on_device(vector, device) for vector in vectors)
                 apply_chunk[(chunks,)](*tables, *moved, **part.constants)
 
     def _limits_on(self, device: torch.device) -> Tensor | None:
@@ -234,20 +221,14 @@ class _Part:
 
 
 def _readable(loss_scale: Tensor | None, device: torch.device) -> Tensor | None:
-    """Returns a loss scale that kernels on a device can read; usually it is one."""
+    """Returns a loss scale as kernels on a device can read it; usually unchanged."""
     if loss_scale is None or loss_scale.dtype in {torch.float32, torch.float64}:
         return None if loss_scale is None else loss_scale.to(device)
     return loss_scale.to(device, torch.float64)
 
 
-def _on(vector: Any, device: torch.device) -> Tensor:  # noqa: ANN401  an array of NumPy or PyTorch
-    tensor = torch.from_numpy(vector) if isinstance(vector, np.ndarray) else vector
-    moved: Tensor = tensor.to(device).contiguous()
-    return moved
-
-
 def _launching_on(device: torch.device) -> AbstractContextManager[object]:
-    """Makes a device the one that launches go to."""
+    """Makes a device the current one, which launches go to."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
@@ -255,9 +236,10 @@ def _refuse_elsewhere(device: torch.device) -> None:
     """Refuses gradients that the kernels cannot read."""
     if device.type != "meta" and (device.type == "cpu") == INTERPRETED:
         return
+    move = 'move the model to its GPU with model.to("cuda")'
     raise SettingError(
         'backend="gpu"',
         got="a gradient on the CPU" if device.type == "cpu" else f"a gradient on the device {device}",
         allowed="gradients on the CPU, while TRITON_INTERPRET=1 is set" if INTERPRETED else "gradients on a GPU",
-        advice='move the model to its GPU with model.to("cuda"), or pass backend="auto"',
+        advice=f'{"unset TRITON_INTERPRET" if INTERPRETED else move}, or pass backend="auto"',
     )

@@ -1,6 +1,6 @@
-"""`tamegrad.decide.decide` for the built-in strategies, fused into one Triton kernel instead of fifty operations.
+"""`tamegrad.decide.decide` for the built-in strategies, fused into one Triton kernel instead of some fifty operations.
 
-This is the only other copy of that function. Tests hold it to the original; change both together.
+This is the only copy of that function. Change both together; tests hold the copy to the original.
 """
 
 from collections.abc import Sequence
@@ -26,8 +26,9 @@ from tamegrad.torch.backends.gpu.kernels import (
 
 __all__ = ["NUMBERS", "decide_groups", "target_bounds"]
 
-SMALLEST_NORMAL, LARGEST_EXPONENT = tl.constexpr(decide.SMALLEST_NORMAL), tl.constexpr(decide.LARGEST_EXPONENT)
-# The roots of sums in the small and in the big range count in these powers of two.
+SMALLEST_NORMAL = tl.constexpr(decide.SMALLEST_NORMAL)
+SMALLEST_EXPONENT, LARGEST_EXPONENT = tl.constexpr(decide.SMALLEST_EXPONENT), tl.constexpr(decide.LARGEST_EXPONENT)
+# The roots of the small and the big range are in units of these powers of two.
 SMALL_UNIT, BIG_UNIT = tl.constexpr(-decide.SMALL_EXPONENT), tl.constexpr(-decide.BIG_EXPONENT)
 
 # The rows of float64 that `decide_groups` writes, named as in `Decision`. The last has one number.
@@ -43,10 +44,14 @@ RAISED = tl.constexpr(2.0**54)
 
 
 def target_bounds(groups: Sequence[Group]) -> NDArray[np.float64] | None:
-    """Returns `(2, G)` bounds: the target of a group is its norm, raised to the first and cut to the second.
+    """Returns the bounds on the norms that groups end with.
+
+    Args:
+        groups: The groups of a plan.
 
     Returns:
-        The bounds; None if they cannot say what the strategies mean, because one is not built in.
+        `(2, G)`: the target of a group is its norm, at most the second bound and at least the first. None if a strategy
+        is not built in.
     """
     bounds = np.empty((2, len(groups)))
     for index, group in enumerate(groups):
@@ -168,7 +173,7 @@ def _factors(target, root, exponent, rescaled):
 
 @triton.jit
 def _clipped(exponent):
-    return tl.minimum(tl.maximum(exponent, -LARGEST_EXPONENT), LARGEST_EXPONENT)
+    return tl.minimum(tl.maximum(exponent, SMALLEST_EXPONENT), LARGEST_EXPONENT)
 
 
 @triton.jit
@@ -183,7 +188,7 @@ def _frexp(values):
 
 @triton.jit
 def _ldexp(values, exponent):
-    """Multiplies by powers of two that may be past what one float64 holds, and rounds at most once."""
+    """Multiplies by powers of two, which may be too large or small for one float64, and rounds at most once."""
     half = exponent >> 1
     return values * _power_of_two(half) * _power_of_two(exponent - half)
 
