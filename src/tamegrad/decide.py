@@ -30,7 +30,7 @@ __all__ = ["AFTER", "BEFORE", "COLUMNS", "CUT", "NONFINITE", "Decision", "Rules"
 BEFORE, NONFINITE, AFTER, CUT = slice(0, 3), slice(3, 6), slice(6, 9), 9
 COLUMNS = 10
 # The columns that are zero where a group is finite and no element of it is cut.
-CHANGES = [3, 4, 5, 9]
+CHANGES = (3, 4, 5, 9)
 
 SMALL_BELOW, BIG_ABOVE = 2.0**-511, 2.0**486
 # What values are multiplied by before they are squared.
@@ -107,7 +107,7 @@ class Rules(Generic[ArrayT]):
         return targets
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Decision(Generic[ArrayT]):
     """What becomes of every group, as `(G,)` arrays; the first six are a report's.
 
@@ -127,11 +127,6 @@ class Decision(Generic[ArrayT]):
     second: ArrayT | None
     limits: ArrayT | None
     zeroed: ArrayT | None
-
-    @property
-    def reported(self) -> tuple[ArrayT, ...]:
-        """The first six, in the order of a report."""
-        return self.norms, self.scales, self.norms_after, self.clipped, self.nonfinite, self.total_norm
 
     @property
     def changed(self) -> Any:  # noqa: ANN401  an array of the same framework
@@ -188,14 +183,17 @@ def decide(
         root, exponent = _norm(xp, squares)
         if loss_scale is not None:
             root = root / loss_scale
-        all_norms = _ldexp(xp, root, exponent)
-        norms, total_norm, root, exponent = all_norms[:-1], all_norms[-1], root[:-1], exponent[:-1]
+        # Only the host can afford to look whether the exponents are zero, as they usually are.
+        all_norms = root if exponent is None else _ldexp(xp, root, exponent)
+        norms, total_norm = all_norms[:-1], all_norms[-1]
         targets = rules.targets(norms, xp)
-        if xp is np and not sums[CHANGES].any() and not ((targets != norms) & (root > 0)).any():
+        if xp is np and not sums.take(CHANGES).any() and (targets == norms).all():
             # The usual case, which only the host can afford to look for.
             one, none = np.ones(len(norms)), np.zeros(len(norms), dtype=np.int64)
-            return Decision(norms, one, norms, none.astype(np.bool_), none, total_norm, None, None, None, None)
+            return Decision(norms, one, norms, none > 0, none, total_norm, None, None, None, None)
 
+        exponent = xp.zeros_like(root, dtype=xp.int64) if exponent is None else exponent
+        root, exponent = root[:-1], exponent[:-1]
         nonfinite = xp.asarray(table[:, NONFINITE].sum(1), dtype=xp.int64)
         finite = nonfinite == 0
         wanted = finite & (root > 0) & (targets != norms)
@@ -210,6 +208,7 @@ def decide(
         if rules.has_limits:
             cut = finite & (table[:, CUT] > 0)
             root_after, exponent_after = _norm(xp, table[:, AFTER])
+            exponent_after = xp.zeros_like(exponent) if exponent_after is None else exponent_after
             if loss_scale is not None:
                 root_after = root_after / loss_scale
             norms_after = xp.where(cut, _ldexp(xp, root_after, exponent_after), norms_after)
@@ -244,8 +243,7 @@ def _factors(xp: ModuleType, targets: Any, root: Any, exponent: Any, rescaled: A
 def _ldexp(xp: ModuleType, values: Any, exponent: Any) -> Any:  # noqa: ANN401  arrays of NumPy, PyTorch or JAX
     """Multiplies by powers of two that may be past what one float64 holds, and rounds at most once."""
     if xp is np:
-        # Exponents are usually zero, which only the host can afford to look for.
-        return np.ldexp(values, exponent) if np.any(exponent) else values
+        return np.ldexp(values, exponent)
     # PyTorch's ldexp takes its power of two in float32, and JAX's exp2 is not exact.
     half = xp.clip(exponent // 2, -LARGEST_EXPONENT, LARGEST_EXPONENT)
     return values * _power_of_two(xp, half) * _power_of_two(xp, exponent - half)
@@ -259,11 +257,11 @@ def _power_of_two(xp: ModuleType, exponent: Any) -> Any:  # noqa: ANN401  an int
 
 
 def _norm(xp: ModuleType, squares: Any) -> tuple[Any, Any]:  # noqa: ANN401  arrays of NumPy, PyTorch or JAX
-    """Combines the three ranges of `(G, 3)` sums of squares to norms `root·2^exponent`."""
+    """Combines the three ranges of `(G, 3)` sums of squares to norms `root·2^exponent`; None stands for zeros."""
     small, middle, big = squares[:, 0], squares[:, 1], squares[:, 2]
     if xp is np and not squares[:, ::2].any():
         # The usual case, which only the host can afford to look for.
-        return xp.sqrt(middle), xp.zeros(middle.shape, dtype=xp.int64)
+        return np.sqrt(middle), None
     is_big, is_small = big > 0, (big == 0) & (middle == 0)
     # In the big range the smallest values no longer count; below it, small and middle ones may both.
     root_big = xp.sqrt(big + middle * BIG_FACTOR * BIG_FACTOR)

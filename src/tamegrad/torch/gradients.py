@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -55,7 +54,7 @@ class Copy:
             parameter.grad = self.made if mesh_of(parameter) is None else with_local_part(parameter, self.made)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Gradients:
     """The gradients of one step.
 
@@ -71,9 +70,8 @@ class Gradients:
     memory: Memory
     copies: dict[int, Copy] = field(default_factory=dict)
 
-    @cached_property
     def on_host(self) -> bool:
-        """Whether all values are in memory of the CPU."""
+        """Returns whether all values are in memory of the CPU."""
         # Meta tensors have values, but no addresses. Where there is no accelerator, no other tensors are elsewhere.
         memory = self.memory
         readable = bool(memory.addresses.all() or ((memory.addresses != 0) | (memory.counts == 0)).all())
@@ -173,14 +171,13 @@ def collect(parameters: Sequence[nn.Parameter], names: Sequence[str], *, sharded
         sparse = _replace_sparse(gradients, names)
         positions, present = _present(gradients)
         memory = Memory.of(present)
-    unusual, owners = memory.unusual(present), memory.shared()
-    if unusual or owners or sparse:
+    if memory.unusual or sparse or not memory.are_distinct:
         places = positions.tolist()
         sharing: dict[int, list[nn.Parameter]] = {}
-        for index, owner in owners.items():
+        for index, owner in memory.shared().items():
             sharing.setdefault(places[owner], []).append(parameters[places[index]])
             gradients[places[index]] = None
-        for position in {*(places[index] for index in unusual), *sparse}:
+        for position in {*(places[index] for index in memory.unusual), *sparse}:
             if gradients[position] is not None:
                 holders = [parameters[position], *sharing.get(position, [])]
                 copy = _copied(names[position], gradients[position], sparse.get(position), holders)

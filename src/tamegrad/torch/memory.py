@@ -26,14 +26,13 @@ __all__ = [
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
 _POSITIONS = {dtype: position for position, dtype in enumerate(DTYPES)}
-# The first complex dtype; those after it are complex too.
-_COMPLEX = DTYPES.index(torch.complex64)
+_REAL = frozenset(dtype for dtype in DTYPES if not dtype.is_complex)
 _ITEMSIZES = np.array([dtype.itemsize for dtype in DTYPES])
 # How often to look at most, where other code gives tensors other memory again and again.
 _LOOKS = 10
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Memory:
     """What one look at some tensors found; valid until other code runs.
 
@@ -41,13 +40,16 @@ class Memory:
         addresses: `(N,)` int64: where each tensor's values start; 0 without values, and on the meta device.
         counts: `(N,)` int64: how many values each has.
         dtypes: `(N,)` int64: positions in `DTYPES`, or -1 for another dtype.
-        contiguous: `(N,)` bool.
+        unusual: The positions of tensors that have to be looked at one by one: those that are not contiguous, may be
+            lazy, or have another dtype.
+        are_distinct: Whether no two tensors start at the same address.
     """
 
     addresses: NDArray[np.int64]
     counts: NDArray[np.int64]
     dtypes: NDArray[np.int64]
-    contiguous: NDArray[np.bool_]
+    unusual: list[int]
+    are_distinct: bool
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> "Memory":
@@ -62,53 +64,39 @@ class Memory:
         Raises:
             RuntimeError: If one has no storage, as a sparse tensor.
         """
-        number = len(tensors)
-        addresses = np.fromiter(map(Tensor.data_ptr, tensors), np.int64, number)
-        counts = np.fromiter(map(Tensor.numel, tensors), np.int64, number)
-        contiguous = np.fromiter(map(Tensor.is_contiguous, tensors), np.bool_, number)
-        return cls(addresses, counts, _positions_of([tensor.dtype for tensor in tensors]), contiguous)
-
-    def unusual(self, tensors: Sequence[Tensor]) -> list[int]:
-        """Returns which tensors have to be looked at one by one.
-
-        Args:
-            tensors: Those that were asked.
-
-        Returns:
-            The positions of those that are not contiguous, lazy, or of another dtype.
-        """
-        found = ~self.contiguous | (self.dtypes < 0)
+        addresses, counts = list(map(Tensor.data_ptr, tensors)), list(map(Tensor.numel, tensors))
+        contiguous, dtypes = list(map(Tensor.is_contiguous, tensors)), [tensor.dtype for tensor in tensors]
+        unusual: list[int] = []
         # Of contiguous tensors only complex ones and, since `x.conj().imag` is the only way to a real one and leaves
         # gaps in memory, single values can be lazy.
-        for index in np.flatnonzero(~found & ((self.counts == 1) | (self.dtypes >= _COMPLEX))).tolist():
-            found[index] = is_lazy(tensors[index])
-        unusual: list[int] = np.flatnonzero(found).tolist()
-        return unusual
+        if not (all(contiguous) and 1 not in counts and _REAL.issuperset(dtypes)):
+            facts = zip(contiguous, counts, dtypes, strict=True)
+            unusual = [i for i, (dense, count, of) in enumerate(facts) if not dense or count == 1 or of not in _REAL]
+        return cls(
+            np.array(addresses, dtype=np.int64),
+            np.array(counts, dtype=np.int64),
+            _positions_of(dtypes),
+            unusual,
+            len(set(addresses)) == len(addresses),
+        )
 
     def shared(self) -> dict[int, int]:
         """Returns which tensors start where an earlier one does and are as long, each with the first such tensor."""
-        ordered = np.sort(self.addresses)
-        # Many may be 0, which is the address of nothing.
-        if not ((ordered[1:] == ordered[:-1]) & (ordered[1:] != 0)).any():
-            return {}
         shared, seen = {}, dict[tuple[int, int], int]()
         for index, (address, count) in enumerate(zip(self.addresses.tolist(), self.counts.tolist(), strict=True)):
-            first = seen.setdefault((address, count), index)
-            # Tensors on the meta device have values, but no addresses.
-            if count and address and first != index:
-                shared[index] = first
+            # Empty tensors, and those on the meta device, have the address of nothing.
+            if address and count and seen.setdefault((address, count), index) != index:
+                shared[index] = seen[address, count]
         return shared
 
     def scattered(self, positions: NDArray[np.int64], number: int) -> "Memory":
         """Returns the same with a place for each of `number` parameters, where these tensors are at some positions."""
-        addresses, counts = np.zeros(number, np.int64), np.zeros(number, np.int64)
-        dtypes, contiguous = np.full(number, -1), np.ones(number, np.bool_)
-        addresses[positions], counts[positions] = self.addresses, self.counts
-        dtypes[positions], contiguous[positions] = self.dtypes, self.contiguous
-        return Memory(addresses, counts, dtypes, contiguous)
+        addresses, counts, dtypes = np.zeros(number, np.int64), np.zeros(number, np.int64), np.full(number, -1)
+        addresses[positions], counts[positions], dtypes[positions] = self.addresses, self.counts, self.dtypes
+        return Memory(addresses, counts, dtypes, positions[self.unusual].tolist(), self.are_distinct)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class HeldMemory:
     """Memory to write to, which stays allocated as long as this object lives, whatever happens to the tensors.
 

@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Unpack
 
-import torch
 from torch import Tensor, nn
 
 from tamegrad.errors import SettingError, TamegradWarning
@@ -131,7 +130,6 @@ class GradientNormalizer:
         """
         return self._normalize()
 
-    @torch.no_grad()
     def _normalize(self, loss_scale: Tensor | None = None, *, scaler_skips: bool = False) -> Report[Tensor]:
         """The four steps; gradients that are multiplied by a loss scale are treated as if they were not."""
         if self._planner.is_stale(self._planned):

@@ -103,19 +103,8 @@ class Step:
             gradients.write_back(changed if on_host else self._changed(decision))
 
     def report(self, decision: Decision[Any], *, skipped: bool) -> Report[Tensor]:
-        """Returns the report of a step.
-
-        Args:
-            decision: What was decided.
-            skipped: Whether everything was left as it is instead.
-
-        Returns:
-            The report.
-        """
-        norms, scales, norms_after, clipped, nonfinite, total_norm = map(_as_tensor, decision.reported)
-        if skipped:
-            scales, norms_after, clipped = torch.ones_like(scales), norms, torch.zeros_like(clipped)
-        return Report(self._group_names, norms, scales, norms_after, clipped, nonfinite, total_norm, skipped)
+        """Returns the report of a step in which a decision was applied, or everything was left as it is."""
+        return _StepReport(self._group_names, decision, skipped=skipped)
 
     def nonfinite_error(self, gradients: Gradients) -> NonFiniteGradientError:
         """Returns the error that names the parameters whose gradients are not finite."""
@@ -147,9 +136,44 @@ class Step:
             )
 
 
+class _StepReport(Report[Tensor]):
+    """A report that makes its tensors from a decision when they are read, which in most steps nobody does."""
+
+    _decision: Decision[Any]
+
+    def __init__(self, groups: tuple[str, ...], decision: Decision[Any], *, skipped: bool) -> None:
+        vars(self).update(groups=groups, skipped=skipped, _decision=decision)
+
+    @property
+    def norms(self) -> Tensor:
+        return _as_tensor(self._decision.norms)
+
+    @property
+    def scales(self) -> Tensor:
+        scales = _as_tensor(self._decision.scales)
+        return torch.ones_like(scales) if self.skipped else scales
+
+    @property
+    def norms_after(self) -> Tensor:
+        return self.norms if self.skipped else _as_tensor(self._decision.norms_after)
+
+    @property
+    def clipped(self) -> Tensor:
+        clipped = _as_tensor(self._decision.clipped)
+        return torch.zeros_like(clipped) if self.skipped else clipped
+
+    @property
+    def nonfinite(self) -> Tensor:
+        return _as_tensor(self._decision.nonfinite)
+
+    @property
+    def total_norm(self) -> Tensor:
+        return _as_tensor(self._decision.total_norm)
+
+
 def _as_tensor(array: Any) -> Tensor:  # noqa: ANN401  an array of NumPy or PyTorch
     if isinstance(array, Tensor):
         return array
     # The total norm is a number.
-    tensor: Tensor = torch.from_numpy(array if isinstance(array, np.ndarray) else np.asarray(array))
+    tensor: Tensor = torch.from_numpy(np.asarray(array))
     return tensor

@@ -42,6 +42,7 @@ class ForeachBackend(Backend):
         super().__init__(plan, counted)
         self._limited = np.isfinite(self.rules.limits)
 
+    @torch.no_grad()
     def measure(self, gradients: Gradients, loss_scale: Tensor | None) -> Tensor:
         """Measures all groups."""
         home = next((values.device for values in gradients.values if values is not None), torch.device("cpu"))
@@ -57,6 +58,7 @@ class ForeachBackend(Backend):
             table[group] += measured(values, limit).to(home)
         return table
 
+    @torch.no_grad()
     def apply_(self, gradients: Gradients, decision: Decision[Any], changed: NDArray[np.bool_]) -> None:
         """Applies a decision in place.
 

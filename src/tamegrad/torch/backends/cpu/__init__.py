@@ -42,6 +42,7 @@ class CpuBackend(Backend):
     def __init__(self, plan: Plan, counted: Sequence[bool]) -> None:
         super().__init__(plan, counted)
         self._fallback = ForeachBackend(plan, counted)
+        self._unlimited = np.full(len(self.group_of), np.inf)
         self._work = Work.of(Memory.of([]), self.counted, self.group_of)
 
     def measure(self, gradients: Gradients, loss_scale: Tensor | None) -> Tensor:
@@ -49,7 +50,7 @@ class CpuBackend(Backend):
         if not _can_read(gradients):
             return self._fallback.measure(gradients, loss_scale)
         work = self._work_for(gradients.memory)
-        limits = self.limits_on_host(loss_scale)[self.group_of]
+        limits = self._unlimited if not self.rules.has_limits else self.limits_on_host(loss_scale)[self.group_of]
         # Loops write one number a chunk, and a row where there is more to report.
         sums, rows = np.empty(len(work.measured)), np.empty((len(work.measured), COLUMNS))
         for format_, bounds in work.measuring:
@@ -81,12 +82,13 @@ class CpuBackend(Backend):
     def _added_up(self, work: Work, sums: NDArray[np.float64], rows: NDArray[np.float64]) -> NDArray[np.float64]:
         """Adds up the sums of chunks by group, always in the same order."""
         table = np.zeros((len(self.plan.groups), COLUMNS))
-        # NaN is no number that was written: -1 stands where there is a row.
-        short = sums >= 0.0
-        added = np.bincount(work.groups, np.where(short, sums, 0.0), minlength=len(table))
-        table[:, _MIDDLE_BEFORE] = table[:, _MIDDLE_AFTER] = added
-        if not short.all():
-            np.add.at(table, work.groups[~short], rows[~short])
+        is_short = sums >= 0.0
+        if is_short.all():
+            table[:, _MIDDLE_BEFORE] = table[:, _MIDDLE_AFTER] = np.bincount(work.groups, sums, len(table))
+        else:
+            rows[is_short] = 0.0
+            rows[is_short, _MIDDLE_BEFORE] = rows[is_short, _MIDDLE_AFTER] = sums[is_short]
+            np.add.at(table, work.groups, rows)
         return table
 
     def _work_for(self, memory: Memory) -> Work:
@@ -98,4 +100,4 @@ class CpuBackend(Backend):
 
 
 def _can_read(gradients: Gradients) -> bool:
-    return gradients.on_host and (CONVERTS_FLOAT16 or not (gradients.memory.dtypes == _FLOAT16).any())
+    return gradients.on_host() and (CONVERTS_FLOAT16 or not (gradients.memory.dtypes == _FLOAT16).any())
