@@ -3,6 +3,7 @@
 The lists come from the code, so that nothing new can be left out.
 """
 
+import itertools
 from dataclasses import fields
 from typing import Any
 
@@ -21,6 +22,8 @@ from support.contract import (
     bits,
     every_strategy,
     huge_complex_case,
+    is_exact,
+    paired,
 )
 from tamegrad import ClipValue, Report, normalize
 from tamegrad.strategies import OnNonfinite, Strategy
@@ -63,37 +66,66 @@ class TestContract:
     def test_zero_gradients(self, strategy: Strategy, dtype: torch.dtype, backend: Any) -> None:
         assert_contract(a_case(dtype, magnitude=0.0), strategy, backend)
 
-    @pytest.mark.parametrize("on_nonfinite", ["keep", "zero", "skip"])
-    @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-    def test_nonfinite_gradients(
-        self, strategy: Strategy, dtype: torch.dtype, backend: Any, value: float, on_nonfinite: OnNonfinite
-    ) -> None:
-        case = a_case(dtype, seed=2)
-        case.gradients["first"]["weight"][3, 4] = value
-        case.arrays["first"]["weight"][3, 4] = value
-        assert_contract(case, strategy, backend, on_nonfinite)
+
+NONFINITE = list(itertools.product(("keep", "zero", "skip"), (float("nan"), float("inf"), float("-inf"))))
+
+
+# Pairs of settings; the property tests draw from all combinations.
+@pytest.mark.parametrize("backend", QUICK_BACKENDS)
+@pytest.mark.parametrize(("strategy", "dtype", "case"), paired(every_strategy(), list(DTYPES), NONFINITE), ids=str)
+def test_nonfinite_gradients(
+    strategy: Strategy, dtype: torch.dtype, case: tuple[OnNonfinite, float], backend: Any
+) -> None:
+    on_nonfinite, value = case
+    model = a_case(dtype, seed=2)
+    model.gradients["first"]["weight"][3, 4] = value
+    model.arrays["first"]["weight"][3, 4] = value
+    assert_contract(model, strategy, backend, on_nonfinite)
+
+
+LOSS_SCALES = [1.0, 4.0, 256.0]
+
+
+@pytest.mark.parametrize("backend", QUICK_BACKENDS)
+@pytest.mark.parametrize(
+    ("strategy", "dtype", "loss_scale"), paired(every_strategy(), list(DTYPES), LOSS_SCALES), ids=str
+)
+def test_a_loss_scale_changes_nothing_but_the_gradients(
+    strategy: Strategy, dtype: torch.dtype, loss_scale: float, backend: Any
+) -> None:
+    case = a_case(dtype, seed=3)
+    expected, expected_report = normalize(case.arrays, strategy)
+    for types in case.gradients.values():
+        for gradient in types.values():
+            gradient.mul_(loss_scale)
+    normalizer = GradientNormalizer(case.model, strategy, backend=backend)
+    report = normalizer._normalize(torch.tensor(loss_scale))
+    assert_same_report(report, expected_report, exact=is_exact(normalizer.plan))
+    for layer, types in case.gradients.items():
+        for kind, gradient in types.items():
+            assert_same_values(gradient / loss_scale, expected[layer][kind], f"{layer}.{kind}")
+
+
+WITH_THRESHOLD = [kind for kind in BUILT_IN if "threshold" in {field.name for field in fields(kind)}]
 
 
 @pytest.mark.parametrize("backend", QUICK_BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", WITH_THRESHOLD)
 def test_a_group_exactly_at_its_threshold_keeps_its_bits_and_one_above_does_not(
-    dtype: torch.dtype, backend: Any
+    kind: Any, dtype: torch.dtype, backend: Any
 ) -> None:
-    built_in: list[Any] = BUILT_IN
-    for kind in built_in:
-        if "threshold" not in {field.name for field in fields(kind)}:
-            continue
-        case = a_case(dtype)
-        gradient = case.gradients["second"]["weight"]
-        gradient.zero_()[:2] = torch.tensor([3.0, -4.0])
-        case.gradients["second"]["scale"].zero_()
-        limit = 4.0 if "per" not in {field.name for field in fields(kind)} else 5.0
-        before = gradient.clone()
-        GradientNormalizer(case.model, kind(limit), backend=backend).normalize_()
-        assert bits(gradient).equal(bits(before))
-        below = float(np.nextafter(limit, 0))
-        report = GradientNormalizer(case.model, kind(below), backend=backend).normalize_()
-        assert report["second"].clipped
+    case = a_case(dtype)
+    gradient = case.gradients["second"]["weight"]
+    gradient.zero_()[:2] = torch.tensor([3.0, -4.0])
+    case.gradients["second"]["scale"].zero_()
+    limit = 4.0 if "per" not in {field.name for field in fields(kind)} else 5.0
+    before = gradient.clone()
+    GradientNormalizer(case.model, kind(limit), backend=backend).normalize_()
+    assert bits(gradient).equal(bits(before))
+    below = float(np.nextafter(limit, 0))
+    report = GradientNormalizer(case.model, kind(below), backend=backend).normalize_()
+    assert report["second"].clipped
 
 
 def test_the_suite_detects_wrong_norms_and_values() -> None:

@@ -96,6 +96,15 @@ def every_strategy() -> list[Strategy]:
     return made
 
 
+def paired(rows: list[Any], columns: list[Any], others: list[Any]) -> list[tuple[Any, Any, Any]]:
+    """Combines every row with every column, and each of these pairs with one of the others in turn.
+
+    Every pair of two values occurs if there are no more others than rows, and no more than columns.
+    """
+    cells = itertools.product(enumerate(rows), enumerate(columns))
+    return [(row, column, others[(i + j) % len(others)]) for (i, row), (j, column) in cells]
+
+
 def assert_same_values(actual: Tensor, expected: NDArray[Any], where: str) -> None:
     """Compares in units of the dtype's spacing at the expected value."""
     allowed = SPACINGS.get(actual.dtype, 1)

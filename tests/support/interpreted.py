@@ -5,7 +5,6 @@ every combination.
 """
 
 import functools
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -49,12 +48,3 @@ def drawn(*shape: int, dtype: torch.dtype = torch.float32, magnitude: float = 1.
     generator = torch.Generator().manual_seed(seed)
     wide = torch.complex128 if dtype.is_complex else torch.float64
     return (torch.randn(shape, generator=generator, dtype=wide) * magnitude).to(dtype)
-
-
-def paired(rows: list[Any], columns: list[Any], others: list[Any]) -> list[tuple[Any, Any, Any]]:
-    """Combines every row with every column, and each of these pairs with one of the others in turn.
-
-    Every pair of two values occurs if there are no more others than rows, and no more than columns.
-    """
-    cells = itertools.product(enumerate(rows), enumerate(columns))
-    return [(row, column, others[(i + j) % len(others)]) for (i, row), (j, column) in cells]

@@ -20,9 +20,10 @@ from support.contract import (
     bits,
     every_strategy,
     huge_complex_case,
+    paired,
 )
 from support.gradients import model_with
-from support.interpreted import MARKS, drawn, paired, patched_once
+from support.interpreted import MARKS, drawn, patched_once
 from tamegrad import Clip, ClipValue, Policy, Renormalize
 from tamegrad.strategies import OnNonfinite, Strategy
 from tamegrad.torch import GradientNormalizer

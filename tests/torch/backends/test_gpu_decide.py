@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from support.contract import DECIDED, NORM_TOLERANCE
+from support.contract import DECIDED, NORM_TOLERANCE, paired
 from support.gradients import model_with
-from support.interpreted import MARKS, paired, patched_once
+from support.interpreted import MARKS, patched_once
 from tamegrad import Clip, ClipValue, Keep, Renormalize
 from tamegrad.decide import AFTER, BEFORE, BIG_FACTOR, COLUMNS, CUT, NONFINITE, SMALL_FACTOR, Decision, Rules, decide
 from tamegrad.groups import Group, Layer, Parameter, Plan
