@@ -13,43 +13,24 @@ import platform
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from speed_measure import Growth, Measured, measure_case, measure_growth
+from speed_measure import measure_case, measure_growth
 from speed_models import cases
-from speed_page import page, tables
-from speed_sharded import FirstCall, Sharded, measure_first_calls, measure_sharded
-from speed_steps import Share, measure_shares
+from speed_page import Results, page, tables
+from speed_sharded import measure_first_calls, measure_sharded
+from speed_start import measure_first_steps
+from speed_steps import measure_shares
 from speed_tools import left_out, versions
 
-__all__ = ["CONTRACT", "Results", "main", "measure"]
+__all__ = ["CONTRACT", "main", "measure"]
 
 ROOT = Path(__file__).parents[1]
 # This must pass before anything is reported.
 CONTRACT = ROOT / "tests" / "contract"
 GROWTH = (10, 100, 1000, 10_000)
 CASE_SECONDS, GROWTH_SECONDS = 10.0, 3.0
-
-
-@dataclass(frozen=True)
-class Results:
-    """All measurements.
-
-    Args:
-        measured: The times on each model.
-        growth: The times with growing numbers of layers.
-        shares: The shares of training steps.
-        sharded: The times on sharded models.
-        first_calls: The times of the first call on a sharded model.
-    """
-
-    measured: list[Measured]
-    growth: Growth
-    shares: list[Share]
-    sharded: list[Sharded]
-    first_calls: list[FirstCall]
 
 
 def measure(*, quick: bool) -> Results:
@@ -70,7 +51,8 @@ def measure(*, quick: bool) -> Results:
     growth = measure_growth((1, 2) if quick else GROWTH, 0.0 if quick else GROWTH_SECONDS, known)
     shares = measure_shares(quick=quick)
     print("timing sharded models", file=sys.stderr)
-    return Results(measured, growth, shares, measure_sharded(quick=quick), measure_first_calls(quick=quick))
+    on_ranks = measure_sharded(quick=quick), measure_first_calls(quick=quick)
+    return Results(measured, growth, shares, *on_ranks, measure_first_steps())
 
 
 def contract_passes() -> bool:
@@ -131,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made = f"{started}, load average {load:.1f}"
     missing = [f"{name} is left out, because it is not installed: pip install {name}" for name in left_out()]
     print("\n".join([made, *missing]), end="\n\n")
-    laid_out = tables(results.measured, results.growth, results.shares, results.sharded, results.first_calls)
+    laid_out = tables(results)
     print(laid_out)
     if options.write is not None:
         # Only this needs matplotlib.

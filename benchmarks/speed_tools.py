@@ -17,6 +17,7 @@ __all__ = [
     "HUGE",
     "LOOP",
     "PER_LAYER",
+    "PLAIN",
     "READ",
     "TINY",
     "WHOLE",
@@ -30,9 +31,10 @@ __all__ = [
 # Thresholds on norms and on values: above every gradient, and below every gradient.
 HUGE, TINY = 1e9, 1e-6
 
-PER_LAYER, REPORTED, PER_TYPE, GLOBAL, PER_VALUE = (
+PER_LAYER, REPORTED, PLAIN, PER_TYPE, GLOBAL, PER_VALUE = (
     'tamegrad `Clip(per="layer")`',
     'tamegrad `Clip(per="layer")`, report read',
+    'tamegrad `Clip(per="layer")`, without Numba',
     'tamegrad `Clip(per="param_type")`',
     'tamegrad `Clip(per="model")`',
     "tamegrad `ClipValue`",
@@ -117,7 +119,13 @@ def _tamegrad(subject: Subject, threshold: float) -> list[Tool]:
         read = reporting.normalize_()
         return read.norms, read.total_norm
 
-    return [first, Tool(REPORTED, report, subject.refill), *others]
+    plain = GradientNormalizer(subject.model, strategies[PER_LAYER], backend="foreach")
+    return [
+        first,
+        Tool(REPORTED, report, subject.refill),
+        Tool(PLAIN, plain.normalize_, subject.refill),
+        *others,
+    ]
 
 
 def _torch(subject: Subject, threshold: float) -> list[Tool]:

@@ -16,6 +16,7 @@ timing = importlib.import_module("speed_measure")
 timed = importlib.import_module("speed_tools")
 pages = importlib.import_module("speed_page")
 sharded = importlib.import_module("speed_sharded")
+start = importlib.import_module("speed_start")
 
 
 @pytest.mark.parametrize(
@@ -117,20 +118,25 @@ def _contract(folder: Path, *, passes: bool) -> Path:
 
 
 def test_where_tamegrad_is_slower_is_shown(case: Any) -> None:
-    # tamegrad takes 2 seconds in every round, everything else 1.
+    # tamegrad takes 4 seconds in every round, everything else 1.
     tools = case.nothing.tools
-    seconds = np.array([[2.0 if tool.name.startswith("tamegrad") else 1.0 for tool in tools]] * 3)
+    seconds = np.array([[4.0 if tool.name.startswith("tamegrad") else 1.0 for tool in tools]] * 3)
     times = timing.Times(tools, seconds)
     slow = timing.Measured("GPT-2 124M", "any size", times, times)
     rows = [
         sharded.Sharded("2-D mesh", 100, timed.WHOLE, 2, 1.0, 0.5, 0.5),
         sharded.Sharded("2-D mesh", 100, timed.LOOP, 200, 1.0, 14.0, 14.0),
     ]
-    shown = pages.tables([slow], timing.Growth({}), [], rows, [sharded.FirstCall(2000, timed.PER_LAYER, 1.5)])
+    few = timing.Growth({10: times})
+    first_calls, first_steps = (
+        [sharded.FirstCall(2000, timed.PER_LAYER, 1.5)],
+        [start.FirstStep("a step", is_cold=True, seconds=9.0)],
+    )
+    shown = pages.tables(pages.Results([slow], few, [], rows, first_calls, first_steps))
     rivals = sum(tool.rival is not None for tool in tools)
-    assert shown.count("takes 0.50x the time of tamegrad") == 2 * rivals + 1
-    assert shown.count("**0.50**") == 2 * rivals + 1
-    assert shown.count("**no**") == 5 + 3
+    assert shown.count("takes 0.25x the time of tamegrad") == shown.count("**0.25**") == 2 * rivals
+    assert shown.count("takes 0.50x the time of tamegrad") == shown.count("**0.50**") == 1
+    assert shown.count("**no**") == 11
     assert "| yes |" not in shown
 
 

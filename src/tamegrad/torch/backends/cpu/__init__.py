@@ -42,7 +42,6 @@ class CpuBackend(Backend):
     def __init__(self, plan: Plan, counted: Sequence[bool]) -> None:
         super().__init__(plan, counted)
         self._fallback = ForeachBackend(plan, counted)
-        self._unlimited = np.full(len(self.group_of), np.inf)
         self._work = Work.of(Memory.of([]), self.counted, self.group_of)
 
     def measure(self, gradients: Gradients, loss_scale: Tensor | None) -> Tensor:
@@ -50,12 +49,12 @@ class CpuBackend(Backend):
         if not _can_read(gradients):
             return self._fallback.measure(gradients, loss_scale)
         work = self._work_for(gradients.memory)
-        limits = self._unlimited if not self.rules.has_limits else self.limits_on_host(loss_scale)[self.group_of]
+        limits = self.limits_on_host(loss_scale)[self.group_of] if self.rules.has_limits else None
         # Loops write one number a chunk, and a row where there is more to report.
         sums, rows = np.empty(len(work.measured)), np.empty((len(work.measured), COLUMNS))
         for format_, bounds in work.measuring:
             args = work.measured, gradients.memory.addresses, limits, format_.pairs, format_.like, sums, rows
-            threads.run(measure_chunks, format_.like.dtype, bounds, *args, alive=gradients)
+            threads.run(measure_chunks, (format_.like.dtype, limits is None), bounds, *args, alive=gradients)
         return torch.from_numpy(self._added_up(work, sums, rows))
 
     def apply_(self, gradients: Gradients, decision: Decision[Any], changed: NDArray[np.bool_]) -> None:

@@ -213,27 +213,32 @@ def _is_safe(total: Any) -> Any:
 
 
 @inlined
-def _measure(values: Any, limit: Any, pairs: Any, row: Any) -> Any:
-    """Returns the sum of squares if nothing else is to be reported, as usual; otherwise writes a row and returns -1.
-
-    If no value is cut, the sum after is the sum before.
-    """
-    has_limit = limit < np.inf
-    total = 0.0
-    if pairs or not has_limit:
-        total = _measure_quickly(values)
-    if not has_limit and (_is_safe(total) or largest(values) == 0.0):
+def _measure(values: Any, row: Any) -> Any:
+    """Returns the sum of squares if nothing else is to be reported, as usual; otherwise writes a row and returns -1."""
+    total = _measure_quickly(values)
+    if _is_safe(total) or largest(values) == 0.0:
         return total
     row[:] = 0.0
-    row[1] = total
-    if has_limit and not pairs:
+    _measure_slowly(values, row)
+    return -1.0
+
+
+@inlined
+def _measure_cut(values: Any, limit: Any, pairs: Any, row: Any) -> Any:
+    """Does the same for values with a limit; if none is cut, the sum after is the sum before."""
+    if limit == np.inf:
+        return _measure(values, row)
+    row[:] = 0.0
+    if pairs:
+        row[1] = _measure_quickly(values)
+    else:
         _measure_cut_quickly(values, limit, row)
     safe = _is_safe(row[1])
     if not safe and largest(values) == 0.0:
         return 0.0
     if not safe:
         _measure_slowly(values, row)
-    if has_limit and (pairs or not _is_safe(row[7])):
+    if pairs or not _is_safe(row[7]):
         _measure_cut_slowly(values, limit, row, pairs)
     return row[1] if safe and row[9] == 0.0 else -1.0
 
@@ -252,7 +257,11 @@ def _measure_tasks(
     while task < bounds.size - 1:
         for index in range(bounds[task], bounds[task + 1]):
             values = _values_of(chunks[index], addresses, like)
-            sums[index] = _measure(values, limits[chunks[index, 0]], pairs, rows[index])
+            # Numba compiles one of these, by whether the argument is None: half of the time where nothing has a limit.
+            if limits is None:
+                sums[index] = _measure(values, rows[index])
+            else:
+                sums[index] = _measure_cut(values, limits[chunks[index, 0]], pairs, rows[index])
         task = take_one(taken)
 
 
