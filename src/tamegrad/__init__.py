@@ -14,24 +14,20 @@ from tamegrad.errors import (
 from tamegrad.policy import Policy
 from tamegrad.reference import normalize
 from tamegrad.report import GroupReport, Report
-from tamegrad.strategies import Clip, ClipValue, GradientNormalization, Keep, Renormalize, Strategy
+from tamegrad.strategies import *  # noqa: F403  a new strategy is public without a change here
+from tamegrad.strategies import __all__ as _strategies
 
 __all__ = [
-    "Clip",
-    "ClipValue",
-    "GradientNormalization",
     "GroupReport",
-    "Keep",
     "MissingExtraError",
     "NonFiniteGradientError",
     "Policy",
-    "Renormalize",
     "Report",
     "SettingError",
-    "Strategy",
     "TamegradError",
     "TamegradWarning",
     "UnmatchedError",
     "normalize",
 ]
+__all__ += _strategies
 __version__ = "0.1.0"

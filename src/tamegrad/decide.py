@@ -1,7 +1,7 @@
 """The step between measuring and applying: one pure function on one small table, for NumPy, PyTorch and JAX arrays.
 
-`G` is the number of groups. What a backend measures is a `(G, COLUMNS)` float64 table of sums; it adds up over tensors,
-devices and ranks. Squares are summed in three ranges (J. L. Blue, A Portable Fortran Program to Find the Euclidean
+`G` is the number of groups. Backends measure a `(G, COLUMNS)` float64 table of sums, which add up over tensors, devices
+and ranks. Squares are summed in three ranges (J. L. Blue, A Portable Fortran Program to Find the Euclidean
 Norm of a Vector, ACM TOMS 4(1), 1978, with the constants of LAPACK's dnrm2), so that no finite float64 overflows or
 underflows; the squares of float32 and smaller dtypes all fit the middle range.
 
@@ -49,8 +49,8 @@ class Rules(Generic[ArrayT]):
 
     Args:
         groups: The names of the groups, for messages.
-        strategies: For each class of strategies an instance whose float fields are `(G,)` float64 arrays, and `(G,)`
-            bool: the groups that it governs; None if it governs all.
+        strategies: For each strategy class an instance whose float fields are `(G,)` float64 arrays, and a `(G,)` bool
+            array of the groups that it governs; None if it governs all.
         limits: `(G,)` float64: the largest magnitude of an element; infinity where there is no limit.
         has_limits: Whether any limit is finite.
     """
@@ -62,7 +62,7 @@ class Rules(Generic[ArrayT]):
 
     @classmethod
     def of(cls, groups: Sequence[Group]) -> "Rules[NDArray[Any]]":
-        """Reads them off the groups of a plan, as NumPy arrays."""
+        """Returns the rules of a plan's groups, as NumPy arrays."""
         members: dict[Hashable, list[int]] = {}
         limits = np.array([group.strategy.limit for group in groups])
         for index in np.flatnonzero(np.isinf(limits)).tolist():
@@ -77,7 +77,7 @@ class Rules(Generic[ArrayT]):
         return Rules(names, tuple(strategies), limits, bool(np.isfinite(limits).any()))
 
     def converted(self, convert: Callable[[Any], Any]) -> "Rules[Any]":
-        """Returns them with every array converted: to another framework, or to a device."""
+        """Returns the rules with every array converted, to another framework or a device."""
         strategies = []
         for strategy, governed in self.strategies:
             arrays = {name: convert(value) for name, value in _floats(strategy).items()}
@@ -85,14 +85,14 @@ class Rules(Generic[ArrayT]):
         return Rules(self.groups, tuple(strategies), convert(self.limits), self.has_limits)
 
     def targets(self, norms: Any, xp: ModuleType) -> Any:  # noqa: ANN401  arrays of NumPy, PyTorch or JAX
-        """Returns the norms that groups should end with, `(G,)`, as their strategies say; one call a class.
+        """Returns the norms that groups should end with; one call a strategy class.
 
         Args:
             norms: `(G,)` float64, the norms before.
             xp: Their namespace.
 
         Returns:
-            The targets; the norms themselves where elements are limited instead.
+            `(G,)` targets; equal to the norms where elements are limited instead.
 
         Raises:
             SettingError: If a strategy returns an array of another shape.
@@ -109,7 +109,7 @@ class Rules(Generic[ArrayT]):
 
 @dataclass(slots=True, eq=False)
 class Decision(Generic[ArrayT]):
-    """What becomes of every group, as `(G,)` arrays; the first six are a report's.
+    """What happens to every group, as `(G,)` arrays; the first six go into the report.
 
     A gradient `g` of the group becomes `g·first·second`, then at most `limit` in magnitude, or 0 where `zeroed`. There
     are two factors because one float64 cannot hold the scale of every float64 group; elsewhere the first is 1. `limits`
@@ -149,16 +149,16 @@ def decide(
     loss_scale: Any = None,  # noqa: ANN401
     total: Any = None,  # noqa: ANN401
 ) -> Decision[Any]:
-    """Decides on every group from what was measured; on a device nothing is read.
+    """Decides on every group from the measurements; never reads a device.
 
     Args:
         table: `(G, COLUMNS)` float64, as the backends measure it.
         rules: The plan's, as arrays of the same framework on the same device.
         xp: Their namespace.
         on_nonfinite: `"zero"` zeroes groups with a NaN or an infinity; with any other choice they are left as they are.
-        loss_scale: What the gradients were multiplied by, a number or a 0-dim array; None if they were not. Norms are
-            reported, and strategies see them, without it.
-        total: `(COLUMNS,)`, the sums over all groups of all pipeline stages, where there are others than this one's.
+        loss_scale: The loss scale of the gradients, a number or a 0-dim array; None without one. Reports and strategies
+            get norms without it.
+        total: `(COLUMNS,)` sums over all groups of all pipeline stages; None if this is the only stage.
 
     Returns:
         The decision. A group that is not finite has scale 1, or 0 if it is zeroed. Where a strategy returned no usable
@@ -225,7 +225,7 @@ def _factors(xp: ModuleType, targets: Any, root: Any, exponent: Any, rescaled: A
     """Returns the two factors that bring norms `root·2^exponent` to targets, and their product.
 
     Where one float64 holds the scale the first factor is 1. Elsewhere its exponent is split evenly, so that neither
-    factor overflows, and no value of a group is lost between them that is not lost at the end.
+    factor overflows, and no value underflows between them that would not underflow at the end.
     """
     one = xp.ones_like(root)
     mantissa, power = xp.frexp(targets)
@@ -284,7 +284,7 @@ def _floats(strategy: Strategy) -> dict[str, Any]:
 
 
 def _callable_together(strategy: Strategy) -> Hashable:
-    """Returns what strategies have in common that one call of `target` can serve: all but their floats."""
+    """Returns what strategies must have in common to share a call of `target`: everything but their floats."""
     floats = _floats(strategy)
     fields = dataclasses.fields(strategy)
     others = tuple((field.name, getattr(strategy, field.name)) for field in fields if field.name not in floats)
@@ -292,7 +292,7 @@ def _callable_together(strategy: Strategy) -> Hashable:
 
 
 def _stacked(strategies: Sequence[Strategy], governed: NDArray[np.bool_]) -> Strategy:
-    """Returns one strategy for some groups whose floats are `(G,)` arrays; other groups get those of the first."""
+    """Returns one strategy for the governed groups, with floats as `(G,)` arrays; other groups get placeholders."""
     stacked = {}
     for name, value in _floats(strategies[0]).items():
         stacked[name] = np.full(len(governed), float(value))
@@ -301,7 +301,7 @@ def _stacked(strategies: Sequence[Strategy], governed: NDArray[np.bool_]) -> Str
 
 
 def _replaced(strategy: Strategy, values: dict[str, Any]) -> Strategy:
-    """Returns a copy with other values, which are not checked as those of users are."""
+    """Returns a copy with other values, without the checks of the constructor."""
     made = copy.copy(strategy)
     for name, value in values.items():
         object.__setattr__(made, name, value)

@@ -70,7 +70,7 @@ class NonFiniteGradientError(TamegradError):
         self.counts = dict(counts)
         self.layers = tuple(layers)
         named = [
-            f"{name}: {', '.join(f'{n} {kind}' for n, kind in zip(numbers, ('NaN', '+inf', '-inf'), strict=True) if n)}"
+            f"{name}: {', '.join(f'{n} {what}' for n, what in zip(numbers, ('NaN', '+inf', '-inf'), strict=True) if n)}"
             for name, numbers in list(counts.items())[: self.most_named]
         ]
         more = len(counts) - len(named)

@@ -248,7 +248,7 @@ def _mismatch(override: Override, matched: Sequence[Layer], layers: Sequence[Lay
             advice=_ADVICE,
         )
     types = list(dict.fromkeys(parameter_type for layer in matched for parameter_type in layer.types))
-    if any(override.matches(layer.names, kind, layer.module_class) for layer in matched for kind in layer.types):
+    if any(override.matches(layer.names, own, layer.module_class) for layer in matched for own in layer.types):
         return None
     return UnmatchedError(
         f"override {override.name!r}",

@@ -59,7 +59,8 @@ def normalize(
     """
     check_on_nonfinite(on_nonfinite)
     layers = [
-        Layer(name, tuple(Parameter(f"{name}.{kind}", kind) for kind in types)) for name, types in gradients.items()
+        Layer(name, tuple(Parameter(f"{name}.{param_type}", param_type) for param_type in types))
+        for name, types in gradients.items()
     ]
     checked = as_policy(policy, None, "normalize(policy)")
     plan = make_plan(layers, checked)
@@ -85,7 +86,7 @@ def normalize(
         for member, array in zip(group.members, arrays, strict=True):
             after[member] = array.astype(given[member].dtype)
     flat = iter(after)
-    result = {layer: {kind: next(flat) for kind in types} for layer, types in gradients.items()}
+    result = {layer: {param_type: next(flat) for param_type in types} for layer, types in gradients.items()}
     return result, _report(rows, norm_of(wide).value, skipped=skipped)
 
 
@@ -219,8 +220,8 @@ def _widened(name: str, array: object) -> NDArray[Any]:
 def _count_nonfinite(array: Array) -> tuple[int, int, int]:
     """Returns how many values are NaN, plus and minus infinity; the parts of a complex value count on their own."""
     real = _as_real(array)
-    kinds = np.isnan(real), np.isposinf(real), np.isneginf(real)
-    return tuple(int(np.count_nonzero(kind)) for kind in kinds)  # type: ignore[return-value]  # three kinds, three counts
+    found = np.isnan(real), np.isposinf(real), np.isneginf(real)
+    return tuple(map(int, map(np.count_nonzero, found)))  # type: ignore[return-value]  # three of them
 
 
 def _report(rows: Sequence[GroupReport], total: float, *, skipped: bool) -> Report[NDArray[Any]]:

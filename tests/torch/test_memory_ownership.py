@@ -322,6 +322,16 @@ class TestAutograd:
             with pytest.raises(RuntimeError, match="modified by an inplace operation"):
                 torch.autograd.grad(penalty, weight)
 
+    @pytest.mark.parametrize("columns", [slice(0, 1), slice(0, 2)])
+    def test_a_gradient_of_a_graph_that_has_to_be_copied(self, columns: slice, backend: Any) -> None:
+        full = torch.full((4, 2), 3.0, requires_grad=True)
+        model: Any = nn.Module()
+        model.weight = nn.Parameter(torch.zeros(2, 4)[columns])
+        model.weight.grad = (full * 1.0).t()[columns]
+        report = GradientNormalizer(model, Clip(1.0), backend=backend).normalize_()
+        assert report["(root)"].norm == pytest.approx(3 * math.sqrt(model.weight.numel()))
+        assert model.weight.grad.norm().item() == pytest.approx(1.0)
+
     def test_a_gradient_that_keeps_its_values_keeps_its_version(self, backend: Any) -> None:
         model = model_with([torch.ones(4), torch.ones(9)])
         before = [parameter.grad._version for parameter in model.parameters()]

@@ -8,9 +8,9 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]  # plotly has no types
 
 from tamegrad.study.charts import HIGHEST_LOSS, HIGHEST_NORM, LOWEST_NORM, heat_map, loss_chart
+from tamegrad.study.columns import COLUMNS, cells, diverged_rule
 from tamegrad.study.results import Results, write_whole
 from tamegrad.study.settings import STRATEGIES
-from tamegrad.study.words import COLUMNS, cells, diverged_rule
 
 __all__ = ["make_page", "write_page"]
 

@@ -5,10 +5,10 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from tamegrad.study.columns import COLUMNS, cells, diverged_rule
 from tamegrad.study.results import Results, RunResults
 from tamegrad.study.settings import Settings
 from tamegrad.study.train import Run
-from tamegrad.study.words import COLUMNS, cells, diverged_rule
 from tamegrad.terminal import output, plain_table
 
 __all__ = ["Bars", "print_results"]

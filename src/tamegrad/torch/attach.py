@@ -1,4 +1,4 @@
-"""Normalizes right before an optimizer's step, whoever calls it."""
+"""Normalizes right before an optimizer's step, whatever calls it."""
 
 import operator
 import sys
@@ -30,12 +30,12 @@ def attach(
     policy: object,
     **settings: Unpack[Keywords],
 ) -> "AttachedNormalizer":
-    """Normalizes gradients from now on before every step of an optimizer.
+    """Normalizes gradients before every step of an optimizer from now on.
 
-    With `optimizer.step(closure)` the gradients of each evaluation of the closure are normalized. Only parameters that
-    the optimizer holds are, so that two optimizers of one model can have two policies. Under `torch.amp.GradScaler` the
-    gradients are treated as what they are without the loss scale, whether or not `unscale_` was called. A copy of the
-    optimizer, made by `copy.deepcopy` or by unpickling, is not attached.
+    With `optimizer.step(closure)`, the gradients of each evaluation of the closure are normalized. Only the parameters
+    that the optimizer holds are normalized, so two optimizers of one model can have two policies. Under
+    `torch.amp.GradScaler`, strategies apply to the gradients without the loss scale, whether or not `unscale_` was
+    called. A copy of the optimizer (`copy.deepcopy`, pickle) is not attached.
 
     Args:
         model: The model, or pairs of a name and a parameter.
@@ -53,8 +53,8 @@ def attach(
         UnmatchedError: If an override or a pattern of `layers` matches nothing; the message names the closest.
 
     Warns:
-        TamegradWarning: Once each, if the optimizer holds parameters that no layer of the model owns, and in a step in
-            which no parameter has a gradient.
+        TamegradWarning: Once each, if the optimizer holds parameters that no layer of the model owns, and at a step
+            without any gradient.
 
     Example:
         >>> import torch
@@ -125,7 +125,7 @@ class AttachedNormalizer:
         return self._normalizer.nonfinite_steps
 
     def detach(self) -> None:
-        """Takes the normalizer off the optimizer; its report stays. Detaching twice is no error."""
+        """Removes the normalizer from the optimizer; its report stays. Detaching twice is not an error."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -134,13 +134,13 @@ class AttachedNormalizer:
     def _before_step(
         self, _: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        # A flag would stay set when a step raises; the stack tells a step inside a step from the step after.
+        # A flag would stay set when a step raises; the stack shows whether this step is inside another one.
         caller = sys._getframe(1)  # noqa: SLF001
         if self._outermost is not None and _is_inside(caller, self._outermost):
             # A subclass called super().step(): its gradients are normalized already.
             return None
         self._outermost = caller
-        # What a step hid and then raised is not shown again: by now it may be the gradient of another batch.
+        # Gradients hidden by a step that raised are not restored: by now they may be of another batch.
         self._hidden.clear()
         # args[0] is the optimizer. With a closure the gradients do not exist yet.
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
@@ -172,7 +172,7 @@ class AttachedNormalizer:
         try:
             report = self._normalizer._normalize(loss_scale, scaler_skips=scaler_skips)  # noqa: SLF001
         except NonFiniteGradientError:
-            # The scaler takes its attributes back after the step, which now it does not reach.
+            # The scaler removes its attributes after the step, which it no longer reaches.
             for name in ("grad_scale", "found_inf"):
                 if hasattr(self._optimizer, name):
                     delattr(self._optimizer, name)
@@ -193,12 +193,12 @@ class AttachedNormalizer:
         self._hidden.clear()
 
 
-# Optimizers that have a normalizer: a second one would normalize the same gradients again.
+# Optimizers that have a normalizer; a second one would normalize the same gradients twice.
 _attached: WeakSet[torch.optim.Optimizer] = WeakSet()
 
 
 def _check(optimizer: torch.optim.Optimizer) -> None:
-    """Refuses what cannot be attached to."""
+    """Refuses optimizers that cannot be attached to."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise SettingError(
             "attach(optimizer)",
@@ -261,7 +261,7 @@ def _held_by(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
 
 
 def _is_inside(frame: FrameType, outer: FrameType) -> bool:
-    """Says whether a call is still under way below another."""
+    """Returns whether a call was made, directly or not, by another one that is still running."""
     above: FrameType | None = frame
     while above is not None and above is not outer:
         above = above.f_back

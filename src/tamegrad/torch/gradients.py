@@ -28,30 +28,31 @@ __all__ = ["Gradients", "collect"]
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """A gradient that cannot be read or written where it is, and the copy that stands in for it.
+    """A copy of a gradient that cannot be read or written in place.
 
     Args:
-        made: What was made of the gradient: a dense tensor, or a coalesced sparse one.
-        target: The gradient, if the copy is to be written to it; None if the copy takes its place.
-        parameters: The parameters whose gradient it is.
+        tensor: The copy: dense, or coalesced sparse.
+        target: The gradient, if the copy is written back to it; None if the copy replaces it.
+        parameters: The parameters that have this gradient.
     """
 
-    made: Tensor
+    tensor: Tensor
     target: Tensor | None
     parameters: list[nn.Parameter]
 
     @property
     def values(self) -> Tensor:
         """The dense values of the copy."""
-        return self.made.values() if self.made.is_sparse else self.made
+        return self.tensor.values() if self.tensor.is_sparse else self.tensor
 
+    @torch.no_grad()
     def write_back(self) -> None:
-        """Gives the parameters what was made of the copy."""
+        """Copies the values to the gradient, or makes the copy the gradient of its parameters."""
         if self.target is not None:
-            self.target.copy_(self.made)
+            self.target.copy_(self.tensor)
             return
         for parameter in self.parameters:
-            parameter.grad = self.made if mesh_of(parameter) is None else with_local_part(parameter, self.made)
+            parameter.grad = self.tensor if mesh_of(parameter) is None else with_local_part(parameter, self.tensor)
 
 
 @dataclass(eq=False)
@@ -59,11 +60,11 @@ class Gradients:
     """The gradients of one step.
 
     Args:
-        values: One a parameter of the plan: a tensor whose values fill its memory, in one of `DTYPES`. It is the
-            gradient itself, the values of a sparse one, what this rank has of a sharded one, or a copy. None where
-            there is no gradient, or it was collected for an earlier parameter.
-        memory: Where they are, one entry a parameter.
-        copies: By position, the values that are copies.
+        values: One a parameter of the plan: a dense tensor of one of `DTYPES`. It is the gradient itself, the values of
+            a sparse gradient, this rank's shard, or a copy. None without a gradient, or if an earlier parameter shares
+            it.
+        memory: Where the values are, one entry a parameter.
+        copies: The copies, by the position of their values.
     """
 
     values: list[Tensor | None]
@@ -78,14 +79,15 @@ class Gradients:
         return readable and (not _may_be_elsewhere() or all(_is_on_host(values) for values in self.values))
 
     def to_write(self, changed: NDArray[np.bool_]) -> HeldMemory:
-        """Looks up again where gradients are that change, for a backend that writes by address, and tells autograd.
+        """Returns where changing gradients are now, for a backend that writes by address, and marks them as changed.
+
+        Code that ran since they were measured may have given them other memory.
 
         Args:
-            changed: One a parameter of the plan: whether its gradient changes.
+            changed: `(P,)`: whether each gradient changes.
 
         Returns:
-            Where those gradients are now, one entry a parameter of the plan: code that ran since they were measured may
-            have given them other memory. It stays allocated as long as the result is alive.
+            Their memory, one entry a parameter. It stays allocated as long as the result is alive.
 
         Raises:
             SettingError: If one has another size or dtype than when it was measured; nothing was changed.
@@ -106,15 +108,7 @@ class Gradients:
         return replace(held, memory=now.scattered(positions, len(changed)))
 
     def refuse_unwritable(self, changed: NDArray[np.bool_], names: Sequence[str]) -> None:
-        """Refuses to change inference tensors outside of inference mode, as PyTorch does.
-
-        Args:
-            changed: One a parameter of the plan: whether its gradient would change.
-            names: The parameters' names.
-
-        Raises:
-            SettingError: If one would; nothing was changed.
-        """
+        """Refuses to change inference tensors outside of inference mode, as PyTorch does; nothing was changed yet."""
         if torch.is_inference_mode_enabled():
             return
         for position in np.flatnonzero(changed).tolist():
@@ -128,11 +122,7 @@ class Gradients:
                 )
 
     def write_back(self, changed: NDArray[np.bool_]) -> None:
-        """Gives the parameters the copies that were changed.
-
-        Args:
-            changed: One a parameter of the plan.
-        """
+        """Writes the copies back that changed."""
         for position, copy in self.copies.items():
             if changed[position]:
                 copy.write_back()
@@ -141,9 +131,9 @@ class Gradients:
 def collect(parameters: Sequence[nn.Parameter], names: Sequence[str], *, sharded: bool) -> Gradients:
     """Collects the gradients that parameters have now.
 
-    A gradient that two parameters share, as one tensor or as the same memory, is collected for the first alone. Of a
-    sharded one the part of this rank is collected. What cannot be read and written in place is copied: uncoalesced
-    sparse, lazily conjugated, expanded and strided gradients, and tensor subclasses without memory of their own.
+    A gradient that two parameters share, as one tensor or as the same memory, is collected once. Of a sharded gradient
+    this rank's shard is collected. What cannot be read and written in place is copied: uncoalesced sparse, lazily
+    conjugated, expanded and strided gradients, and tensor subclasses without memory of their own.
 
     Args:
         parameters: The parameters in the order of the plan.
@@ -192,7 +182,7 @@ def collect(parameters: Sequence[nn.Parameter], names: Sequence[str], *, sharded
 
 
 def _may_be_elsewhere() -> bool:
-    """Returns whether a tensor may be on an accelerator; before PyTorch 2.6, which cannot tell, that it may."""
+    """Returns whether a tensor may be on an accelerator; PyTorch before 2.6 cannot tell."""
     return not hasattr(torch, "accelerator") or torch.accelerator.is_available()
 
 
@@ -206,12 +196,13 @@ def _present(gradients: list[Any]) -> tuple[NDArray[np.int64], list[Tensor]]:
     return np.array(positions, dtype=np.int64), [gradients[position] for position in positions]
 
 
+@torch.no_grad()
 def _plain_parts(
     parameters: Sequence[nn.Parameter], gradients: Sequence[Any], names: Sequence[str], copies: dict[int, Copy]
 ) -> list[Any]:
-    """Returns plain tensors for gradients of other classes: the part of this rank, a result that is waited for, a copy.
+    """Returns plain tensors for gradients of other classes: shards, results of collectives, or copies.
 
-    Adds to `copies` what is no view of the gradient.
+    Adds the copies to `copies`.
     """
     parts = list(gradients)
     elsewhere: dict[int, Any] = {}
@@ -243,7 +234,7 @@ def _plain_parts(
 
 
 def _waited_for(gradient: Any) -> Any:  # noqa: ANN401  a tensor of any class
-    """Returns the result of a collective that may still run (PyTorch's `AsyncCollectiveTensor`), or the gradient."""
+    """Waits for a collective that may still run (`AsyncCollectiveTensor`) and returns its result, or the gradient."""
     is_asynchronous = isinstance(getattr(gradient, "elem", None), Tensor) and hasattr(gradient, "wait")
     return gradient.wait() if is_asynchronous else gradient
 
@@ -253,7 +244,7 @@ def _has_memory(gradient: Tensor) -> bool:
 
 
 def _stand_in(name: str, gradient: Tensor) -> Tensor:
-    """Copies a gradient without memory of its own, whose class decides what every operation does, to a plain tensor."""
+    """Copies a tensor subclass without memory of its own to a plain tensor."""
     _check(name, gradient)
     try:
         dense = torch.empty(gradient.shape, dtype=gradient.dtype, device=gradient.device)
@@ -279,8 +270,9 @@ def _replace_sparse(gradients: list[Any], names: Sequence[str]) -> dict[int, Ten
     return sparse
 
 
+@torch.no_grad()
 def _copied(name: str, values: Tensor, sparse: Tensor | None, holders: list[nn.Parameter]) -> Copy | None:
-    """Returns a dense copy of a gradient, or of a sparse one with these values; None if its values can be used."""
+    """Returns a dense copy of a gradient, which `sparse` is if it is sparse; None if its values can be used in place."""
     _check(name, values)
     is_usable = is_dense(values) and not is_lazy(values)
     if sparse is not None:
@@ -295,10 +287,10 @@ def _check_mesh(name: str, parameter: nn.Parameter, mesh: object) -> None:
     home = mesh_of(parameter)
     if mesh == home:
         return
-    kinds = ["a plain tensor" if of is None else f"sharded over {of}" for of in (mesh, home)]
+    given, wanted = ("a plain tensor" if of is None else f"sharded over {of}" for of in (mesh, home))
     raise SettingError(
         f"gradient of {name}",
-        got=f"a gradient that is {kinds[0]} of a parameter that is {kinds[1]}",
+        got=f"a gradient that is {given} of a parameter that is {wanted}",
         allowed="a gradient on the mesh of its parameter",
         advice="leave it to backward() to make the gradients",
     )

@@ -61,11 +61,11 @@ class Step:
         """Measures, reduces and decides.
 
         Args:
-            gradients: As they were collected.
-            loss_scale: What they were multiplied by, 0-dim; None if they were not.
+            gradients: The gradients.
+            loss_scale: Their loss scale, 0-dim; None without one.
 
         Returns:
-            The decision, and whether to leave everything as it is because of a gradient that is not finite.
+            The decision, and whether a non-finite gradient stops the step: then nothing is to be applied.
         """
         table, total = self._reduction.reduce(self._backend.measure(gradients, loss_scale))
         self.nonfinite_steps = self.nonfinite_steps.to(table.device)
@@ -85,12 +85,8 @@ class Step:
     def apply_(self, gradients: Gradients, decision: Decision[Any]) -> None:
         """Applies a decision in place.
 
-        Args:
-            gradients: As they were collected.
-            decision: What to do with each group.
-
         Raises:
-            SettingError: If a gradient cannot be changed; none was.
+            SettingError: If a gradient cannot be changed; then none was.
         """
         if decision.first is None:
             return
@@ -106,6 +102,7 @@ class Step:
         """Returns the report of a step in which a decision was applied, or everything was left as it is."""
         return _StepReport(self._group_names, decision, skipped=skipped)
 
+    @torch.no_grad()
     def nonfinite_error(self, gradients: Gradients) -> NonFiniteGradientError:
         """Returns the error that names the parameters whose gradients are not finite."""
         found = torch.zeros(len(self.parameters), 3, dtype=torch.int64, device="cpu")
@@ -137,7 +134,7 @@ class Step:
 
 
 class _StepReport(Report[Tensor]):
-    """A report that makes its tensors from a decision when they are read, which in most steps nobody does."""
+    """A report that makes its tensors when they are read, since in most steps they are not."""
 
     _decision: Decision[Any]
 

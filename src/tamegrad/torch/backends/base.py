@@ -1,4 +1,4 @@
-"""What every backend is: made once for a plan, it measures the gradients of every step, decides, and applies.
+"""The base class of all backends.
 
 `G` is the number of groups, `P` of parameters.
 """
@@ -23,12 +23,12 @@ __all__ = ["Backend", "on_device"]
 class Backend(ABC):
     """Measures and changes the gradients of one plan.
 
-    A backend keeps nothing between `measure` and `apply_` but what follows from the sizes of gradients, so that one may
-    serve several threads at once.
+    Between `measure` and `apply_` a backend keeps only what follows from the sizes of gradients, so several threads may
+    share it.
 
     Args:
         plan: The plan.
-        counted: For each parameter whether this rank measures it; what another rank measures is only changed here.
+        counted: For each parameter whether this rank measures it; other parameters are only changed here.
     """
 
     def __init__(self, plan: Plan, counted: Sequence[bool]) -> None:
@@ -43,8 +43,8 @@ class Backend(ABC):
         """Measures all groups.
 
         Args:
-            gradients: Of the step.
-            loss_scale: What they were multiplied by, 0-dim; None if they were not.
+            gradients: The gradients of the step.
+            loss_scale: Their loss scale, 0-dim; None without one.
 
         Returns:
             The `(G, COLUMNS)` float64 table that `decide` reads, on the device of the first gradient, or on the CPU if
@@ -63,7 +63,7 @@ class Backend(ABC):
         """Decides on every group.
 
         Args:
-            table: What `measure` gave, added up over the ranks.
+            table: The result of `measure`, summed over the ranks.
             on_nonfinite: As in `tamegrad.decide.decide`.
             nonfinite_steps: `(G,)` int64 on the same device; 1 is added for each group with a NaN or an infinity.
             loss_scale: As in `measure`.
@@ -100,13 +100,13 @@ class Backend(ABC):
         """Applies a decision in place, and tells autograd about it.
 
         Args:
-            gradients: As they were measured.
-            decision: What to do with each group.
-            changed: `(P,)`: whether each gradient changes, as far as the host knows: all that may.
+            gradients: The gradients that were measured.
+            decision: The decision.
+            changed: `(P,)`: whether each gradient may change, as far as the host knows.
         """
 
     def rules_on(self, device: torch.device) -> Rules[Tensor]:
-        """Returns the rules as tensors on a device, which are copied there once."""
+        """Returns the rules as tensors on a device; they are copied there once."""
         if device not in self._rules_on:
             self._rules_on[device] = self.rules.converted(lambda array: torch.from_numpy(array).to(device))
         return self._rules_on[device]

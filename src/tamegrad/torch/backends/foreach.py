@@ -1,10 +1,10 @@
 """The plain backend: PyTorch's multi-tensor operations, on any device that has float64.
 
-Norms are measured by one `_foreach_norm` for each device and dtype, with sums in float64, and groups are added up in a
-fixed order. On the CPU these operations copy a whole tensor to float64; large tensors go through them in pieces.
+All arithmetic is in float64, and groups are added up in a fixed order. On the CPU these operations would convert whole
+tensors to float64; there, gradients go through one float64 buffer of bounded size, in pieces.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tamegrad.decide import BEFORE, COLUMNS, NONFINITE, Decision
 from tamegrad.groups import Plan
+from tamegrad.torch.backends import tensorwise
 from tamegrad.torch.backends.base import Backend, on_device
 from tamegrad.torch.backends.tensorwise import as_real, change_, count_nonfinite, measured, pieces_of
 from tamegrad.torch.gradients import Gradients
@@ -93,7 +94,7 @@ class ForeachBackend(Backend):
     def _add_bucket(self, table: Tensor, bucket: _Bucket) -> None:
         """Adds what a bucket measures to the table."""
         pieces, groups = _in_pieces(bucket)
-        squares = torch.stack(torch._foreach_norm(pieces, 2, dtype=torch.float64)).square_()  # noqa: SLF001
+        squares = _sums_of_squares(pieces)
         ends = np.cumsum(np.bincount(groups, minlength=len(table)))
         offsets = torch.from_numpy(np.concatenate([[0], ends])).to(squares.device)
         # No atomics: the same gradients give the same bits.
@@ -116,9 +117,7 @@ def _change_bucket(bucket: _Bucket, decision: Decision[Any]) -> None:
     # The result of a scale that one float64 cannot hold is zero in these dtypes, or infinite but for zeros.
     factors = (first * second).clamp(max=torch.finfo(torch.float64).max)
     pieces, groups = _in_pieces(bucket)
-    # A factor without dimensions would be rounded to the dtype of the gradient first.
-    chosen = factors[torch.tensor(groups, device=device)]
-    torch._foreach_mul_(pieces, list(torch.split(chosen, 1)))
+    _multiply_(pieces, factors[torch.tensor(groups, device=device)])
     if decision.zeroed is not None:
         zeroed = on_device(decision.zeroed, device)
         for group, values in bucket:
@@ -127,7 +126,7 @@ def _change_bucket(bucket: _Bucket, decision: Decision[Any]) -> None:
 
 
 def _in_pieces(bucket: _Bucket) -> tuple[list[Tensor], list[int]]:
-    """Returns gradients as pieces that multi-tensor operations may copy to float64, with the group of each."""
+    """Returns gradients as 1-dim pieces, on the CPU of bounded size, with the group of each."""
     pieces, groups = [], []
     for group, values in bucket:
         real = as_real(values)
@@ -135,3 +134,38 @@ def _in_pieces(bucket: _Bucket) -> tuple[list[Tensor], list[int]]:
         pieces += parts
         groups += [group] * len(parts)
     return pieces, groups
+
+
+def _sums_of_squares(pieces: list[Tensor]) -> Tensor:
+    """Returns the sum of squares of each piece, `(N,)` float64."""
+    if pieces[0].device.type != "cpu":
+        return torch.stack(torch._foreach_norm(pieces, 2, dtype=torch.float64)).square_()  # noqa: SLF001
+    return torch.stack([torch.dot(wide, wide) for _, batch in _widened(pieces) for wide in batch])
+
+
+def _multiply_(pieces: list[Tensor], factors: Tensor) -> None:
+    """Multiplies each piece by its factor, `(N,)` float64."""
+    if pieces[0].device.type != "cpu":
+        # A factor without dimensions would be rounded to the dtype of the gradient first.
+        torch._foreach_mul_(pieces, list(torch.split(factors, 1)))
+        return
+    for first, batch in _widened(pieces):
+        last = first + len(batch)
+        torch._foreach_mul_(batch, list(factors[first:last].unbind()))
+        torch._foreach_copy_(pieces[first:last], batch)
+
+
+def _widened(pieces: list[Tensor]) -> Iterator[tuple[int, list[Tensor]]]:
+    """Yields batches of pieces as float64 views of one buffer, each valid until the next, and where they start."""
+    counts = [piece.numel() for piece in pieces]
+    buffer = torch.empty(min(sum(counts), tensorwise.HOST_PIECE), dtype=torch.float64, device="cpu")
+    first = 0
+    while first < len(pieces):
+        last, size = first, 0
+        while last < len(pieces) and size + counts[last] <= len(buffer):
+            size += counts[last]
+            last += 1
+        batch = list(torch.split(buffer[:size], counts[first:last]))
+        torch._foreach_copy_(batch, pieces[first:last])
+        yield first, batch
+        first = last

@@ -154,14 +154,14 @@ class _Reader:
             self.read(child, joined(path, name), scope.below(name) if belongs else None)
 
     def _add(self, scope: _Scope, name: str, full_name: str, parameter: nn.Parameter, *, recurrent: bool) -> None:
-        layer, kind, owner = scope.path, scope.prefix + name, None
+        layer, param_type, owner = scope.path, scope.prefix + name, None
         if recurrent and issubclass(scope.module_class, nn.RNNBase) and (parts := stacked(name)):
-            layer, kind, owner = joined(layer, parts.layer), parts.type, layer or ROOT
+            layer, param_type, owner = joined(layer, parts.layer), parts.type, layer or ROOT
         elif recurrent and issubclass(scope.module_class, nn.RNNCellBase):
-            kind = CELL_TYPES.get(name, name)
+            param_type = CELL_TYPES.get(name, name)
         layer = layer or ROOT
         known = self._layers.setdefault(layer, Layer(layer, (), owner, scope.module_class))
-        self._layers[layer] = replace(known, parameters=(*known.parameters, Parameter(full_name, kind)))
+        self._layers[layer] = replace(known, parameters=(*known.parameters, Parameter(full_name, param_type)))
         self._owned.setdefault(layer, []).append(parameter)
 
     def result(self) -> ModelLayers:

@@ -51,9 +51,9 @@ def read_pairs(pairs: Iterable[tuple[str, nn.Parameter]], merged: Sequence[str] 
         if id(parameter) in seen:
             continue
         seen.add(id(parameter))
-        layer, kind, owner = _place(name, next((path for path in _paths_above(name) if path in whole), None))
+        layer, param_type, owner = _place(name, next((path for path in _paths_above(name) if path in whole), None))
         known = layers.setdefault(layer, Layer(layer, (), owner))
-        layers[layer] = replace(known, parameters=(*known.parameters, Parameter(name, kind)))
+        layers[layer] = replace(known, parameters=(*known.parameters, Parameter(name, param_type)))
         owned.setdefault(layer, []).append(parameter)
     return ModelLayers(tuple(layers.values()), tuple(map(tuple, owned.values())), tuple(paths))
 

@@ -29,9 +29,9 @@ class PlannedModel:
     Args:
         plan: The plan.
         parameters: The parameters, in the order of the plan.
-        reduction: Adds up what the ranks measure.
-        device: Of the first parameter, when the plan was made.
-        watch: Finds out whether the model still is what was planned for.
+        reduction: The sums over ranks.
+        device: The device of the first parameter when the plan was made.
+        watch: Notices when the model changes.
     """
 
     plan: Plan
@@ -42,7 +42,7 @@ class PlannedModel:
 
 
 class Planner:
-    """Makes plans of one model, again and again.
+    """Makes the plan of a model, and new ones when the model changes.
 
     Args:
         model: The model, or pairs of a name and a parameter.
@@ -62,10 +62,7 @@ class Planner:
         refuse_unsupported(model, self._layers)
 
     def first_plan(self) -> PlannedModel:
-        """Makes the first plan, in which every pattern has to match something.
-
-        Returns:
-            The plan.
+        """Makes the first plan, in which every pattern must match something.
 
         Raises:
             SettingError: If there is no parameter to plan for, or the plans of the ranks differ.
@@ -74,21 +71,14 @@ class Planner:
         return self._plan(first=True)
 
     def new_plan(self) -> PlannedModel:
-        """Makes the plan of the model as it is now; patterns need not match any longer.
-
-        Returns:
-            The plan.
-
-        Raises:
-            SettingError: As `first_plan` does.
-        """
+        """Makes the plan of the model as it is now; patterns that no longer match are no error."""
         if self._module is not None:
             self._layers = find_layers(self._module, self._settings.layers)
         return self._plan(first=False)
 
     def is_stale(self, planned: PlannedModel) -> bool:
         """Returns whether a plan made now could differ."""
-        # A model moves as a whole: one parameter shows whether another backend is the best now.
+        # A model moves as a whole: one parameter shows whether another backend is better now.
         moved = planned.parameters[0].device != planned.device
         return moved or self._selection.changed() or planned.watch.changed()
 

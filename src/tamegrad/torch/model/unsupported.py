@@ -42,7 +42,7 @@ def refuse_deepspeed(where: str, owner: object) -> None:
     Raises:
         SettingError: If its class is from DeepSpeed.
     """
-    if any(kind.__module__.partition(".")[0] == "deepspeed" for kind in type(owner).__mro__):
+    if any(base.__module__.partition(".")[0] == "deepspeed" for base in type(owner).__mro__):
         raise _deepspeed_error(where, f"a {type(owner).__name__} from DeepSpeed")
 
 

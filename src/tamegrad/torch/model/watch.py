@@ -13,10 +13,9 @@ _parameters_of, _modules_of = operator.attrgetter("_parameters"), operator.attrg
 
 
 class ModuleWatch:
-    """Remembers which modules and parameters a model has, and finds out whether it still has them.
+    """Remembers the modules and parameters of a model, and notices when they change.
 
-    It asks the modules for their tables anew each time and compares what is in them by identity, which takes a fraction
-    of walking the model again.
+    It compares the entries of every module's tables by identity, which takes a fraction of walking the model again.
 
     Args:
         model: The model.
@@ -33,7 +32,7 @@ class ModuleWatch:
     def __init__(self, model: nn.Module) -> None:
         self._modules = list(model.modules())
         tables = chain(map(_parameters_of, self._modules), map(_modules_of, self._modules))
-        # Some libraries put other mappings in place of the dictionaries.
+        # Some libraries replace the dictionaries with other mappings.
         self._are_dictionaries = all(isinstance(table, dict) for table in tables)
         self._entries = list(self._current())
 
@@ -46,14 +45,14 @@ class ModuleWatch:
             return True
 
     def _current(self) -> Iterator[object]:
-        """Returns the parameters and modules that are in the tables of the modules now."""
+        """Returns the parameters and modules now in the modules' tables."""
         values_of: Any = dict.values if self._are_dictionaries else operator.methodcaller("values")
-        # Most modules have no others below them, and empty tables take as long as full ones.
+        # Most modules have no submodules, and reading an empty table takes as long as a full one.
         modules = filter(None, map(_modules_of, self._modules))
         tables = chain(map(_parameters_of, self._modules), modules)
         return chain.from_iterable(map(values_of, tables))
 
 
 def _ended(entries: Iterable[object]) -> Iterator[object]:
-    """Adds an end mark that differs from every entry, so that `map` cannot stop early without a difference."""
+    """Appends an end mark, so that `map` cannot miss entries when one side is shorter."""
     return chain(entries, (ModuleWatch,))

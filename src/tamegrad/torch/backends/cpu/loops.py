@@ -292,10 +292,10 @@ def cut(values: Any, limit: Any) -> None:
 
 def _cut_bits(values: Any, limit: Any) -> None:
     most = narrowed(limit, values)
-    kind = values.dtype.type
+    bits_of = values.dtype.type
     for index in range(values.size):
         bits = values[index]
-        values[index] = kind(bits & 0x8000) | min(kind(bits & 0x7FFF), most)
+        values[index] = bits_of(bits & 0x8000) | min(bits_of(bits & 0x7FFF), most)
 
 
 def _cut_floats(values: Any, limit: Any) -> None:

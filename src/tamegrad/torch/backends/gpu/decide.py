@@ -78,7 +78,7 @@ def decide_groups(
     numbers,
     nonfinite,
     flags,
-    steps,
+    nonfinite_steps,
     groups,
     ZEROES: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -99,7 +99,7 @@ def decide_groups(
             _total_norm(table, groups, scaled_by, numbers + TOTAL_NORM * groups, ROWS)
     else:
         group = block * BLOCK + tl.arange(0, BLOCK)
-        _decide(table, bounds, limits, scaled_by, numbers, nonfinite, flags, steps, group, groups, ZEROES)
+        _decide(table, bounds, limits, scaled_by, numbers, nonfinite, flags, nonfinite_steps, group, groups, ZEROES)
 
 
 @triton.jit
@@ -114,7 +114,9 @@ def _total_norm(table, groups, scaled_by, total_norm, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _decide(table, bounds, limits, scaled_by, numbers, nonfinite, flags, steps, group, groups, ZEROES: tl.constexpr):
+def _decide(
+    table, bounds, limits, scaled_by, numbers, nonfinite, flags, nonfinite_steps, group, groups, ZEROES: tl.constexpr
+):
     """Decides on a block of groups, in the order of `tamegrad.decide.decide`, which says why."""
     inside = group < groups
     row = table + group * COLUMNS
@@ -154,7 +156,7 @@ def _decide(table, bounds, limits, scaled_by, numbers, nonfinite, flags, steps, 
     tl.store(numbers + SECOND * groups + group, second, mask=inside)
     tl.store(flags + group, clipped, mask=inside)
     tl.store(nonfinite + group, bad.to(tl.int64), mask=inside)
-    tl.store(steps + group, tl.load(steps + group, mask=inside, other=0) + (bad != 0), mask=inside)
+    tl.store(nonfinite_steps + group, tl.load(nonfinite_steps + group, mask=inside, other=0) + (bad != 0), mask=inside)
 
 
 @triton.jit
