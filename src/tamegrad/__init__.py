@@ -3,6 +3,7 @@
 This package imports no framework; `tamegrad.torch` is for PyTorch.
 """
 
+from tamegrad import strategies
 from tamegrad.errors import (
     MissingExtraError,
     NonFiniteGradientError,
@@ -15,7 +16,6 @@ from tamegrad.policy import Policy
 from tamegrad.reference import normalize
 from tamegrad.report import GroupReport, Report
 from tamegrad.strategies import *  # noqa: F403  a new strategy is public without a change here
-from tamegrad.strategies import __all__ as _strategies
 
 __all__ = [
     "GroupReport",
@@ -29,5 +29,5 @@ __all__ = [
     "UnmatchedError",
     "normalize",
 ]
-__all__ += _strategies
+__all__ += strategies.__all__
 __version__ = "0.1.0"

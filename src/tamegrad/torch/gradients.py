@@ -272,7 +272,7 @@ def _replace_sparse(gradients: list[Any], names: Sequence[str]) -> dict[int, Ten
 
 @torch.no_grad()
 def _copied(name: str, values: Tensor, sparse: Tensor | None, holders: list[nn.Parameter]) -> Copy | None:
-    """Returns a dense copy of a gradient, which `sparse` is if it is sparse; None if its values can be used in place."""
+    """Returns a dense copy of a gradient, or of `sparse` with its values; None if the values can be used in place."""
     _check(name, values)
     is_usable = is_dense(values) and not is_lazy(values)
     if sparse is not None:

@@ -3,10 +3,11 @@
 import warnings
 from collections import Counter
 from collections.abc import Iterable
-from typing import Unpack
+from typing import Any, Unpack
 
 from torch import Tensor, nn
 
+from tamegrad.decide import Decision
 from tamegrad.errors import SettingError, TamegradWarning
 from tamegrad.groups import Plan
 from tamegrad.report import Report
@@ -143,9 +144,12 @@ class GradientNormalizer:
         if stopped:
             self.skipped_steps += 1
         else:
-            step.apply_(gradients, decision)
+            self._apply(step, gradients, decision)
         self.report = step.report(decision, skipped=stopped)
         return self.report
+
+    def _apply(self, step: Step, gradients: Gradients, decision: Decision[Any]) -> None:
+        step.apply_(gradients, decision)
 
     def _plan_anew(self) -> None:
         # If the ranks do not agree, the step that was made before stays whole.
