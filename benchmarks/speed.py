@@ -52,7 +52,7 @@ def measure(*, quick: bool) -> Results:
     shares = measure_shares(quick=quick)
     print("timing sharded models", file=sys.stderr)
     on_ranks = measure_sharded(quick=quick), measure_first_calls(quick=quick)
-    return Results(measured, growth, shares, *on_ranks, measure_first_steps())
+    return Results(measured, growth, shares, *on_ranks, measure_first_steps(quick=quick))
 
 
 def contract_passes() -> bool:

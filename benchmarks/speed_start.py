@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 __all__ = ["FirstStep", "measure_first_steps"]
@@ -39,22 +40,24 @@ for threshold in (1e9, 1e-6):
 """
 
 
-def measure_first_steps() -> list[FirstStep]:
+def measure_first_steps(*, quick: bool) -> list[FirstStep]:
     """Takes the first steps in two processes, of which the second finds what the first compiled.
+
+    Args:
+        quick: Whether to take them in one process alone, with the usual cache.
 
     Returns:
         The steps.
     """
-    steps = []
+    if quick:
+        return _first_steps(os.environ, is_cold=False)
     with tempfile.TemporaryDirectory() as folder:
-        for is_cold in (True, False):
-            done = subprocess.run(  # noqa: S603  our own code
-                [sys.executable, "-c", _CODE],
-                env={**os.environ, "NUMBA_CACHE_DIR": folder},
-                check=True,
-                capture_output=True,
-                text=True,
-            )
-            times = map(float, done.stdout.split())
-            steps += [FirstStep(what, is_cold, seconds) for what, seconds in zip(_STEPS, times, strict=True)]
-    return steps
+        environment = {**os.environ, "NUMBA_CACHE_DIR": folder}
+        return [step for is_cold in (True, False) for step in _first_steps(environment, is_cold=is_cold)]
+
+
+def _first_steps(environment: Mapping[str, str], *, is_cold: bool) -> list[FirstStep]:
+    command = [sys.executable, "-c", _CODE]
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)  # noqa: S603  our own
+    times = map(float, done.stdout.split())
+    return [FirstStep(what, is_cold, seconds) for what, seconds in zip(_STEPS, times, strict=True)]
