@@ -4,6 +4,7 @@ The profiles draw the same examples in every run: a few hundred or, for `make te
 """
 
 import os
+from importlib.metadata import PackageNotFoundError, version
 
 # Small tensors on several threads take longer, and cost all cores; what tests threads sets their number itself.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -17,3 +18,20 @@ common = settings(derandomize=True, deadline=None, database=None, suppress_healt
 settings.register_profile("default", common, max_examples=200)
 settings.register_profile("long", common, max_examples=5_000)
 settings.load_profile("default")
+
+
+def _is_older(package: str, oldest: tuple[int, int]) -> bool:
+    """Returns whether a package is missing, or older than a major and a minor version."""
+    try:
+        major, minor = version(package).split(".")[:2]
+    except PackageNotFoundError:
+        return True
+    return (int(major), int(minor)) < oldest
+
+
+# What `make test-oldest` cannot run: sharded models and benchmarks need a newer PyTorch, kernels a newer Triton.
+collect_ignore_glob = []
+if _is_older("torch", (2, 6)):
+    collect_ignore_glob += ["*sharded*", "torch/sharded/*", "support/warm.py", "benchmarks/*"]
+if _is_older("triton", (3, 5)):
+    collect_ignore_glob += ["torch/backends/test_gpu*", "support/interpreted.py"]
