@@ -186,6 +186,21 @@ def test_refuses_bad_settings_at_construction(
     assert gradients(model) == [[3.0, 4.0], [1.0, 0.0]]
 
 
+@pytest.mark.parametrize("door", [GradientNormalizer, normalize_grad_])
+def test_a_misspelled_keyword_is_named_with_the_closest(door: Any) -> None:
+    message = "unexpected keyword argument 'overide'; allowed: overrides, layers, .*; closest: 'overrides'"
+    with pytest.raises(TypeError, match=message):
+        door(two_layers([3.0, 4.0], [1.0, 0.0]), Clip(1.0), overide={"b": None})
+
+
+def test_settings_are_one_frozen_value() -> None:
+    normalizer = GradientNormalizer(two_layers([1.0], [1.0]), Clip(1.0), on_nonfinite="zero", layers=["a"])
+    assert normalizer.settings.policy == Policy(Clip(1.0))
+    assert (normalizer.settings.on_nonfinite, list(normalizer.settings.layers)) == ("zero", ["a"])
+    with pytest.raises(AttributeError):
+        normalizer.settings.on_nonfinite = "keep"  # type: ignore[misc]
+
+
 def test_refuses_a_model_without_parameters() -> None:
     with pytest.raises(SettingError, match="^model: got no parameters"):
         GradientNormalizer(nn.ReLU(), Clip(1.0))

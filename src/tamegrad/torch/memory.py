@@ -66,8 +66,8 @@ class Memory:
             facts = zip(contiguous, counts, dtypes, strict=True)
             unusual = [i for i, (dense, count, of) in enumerate(facts) if not dense or count == 1 or of not in _REAL]
         return cls(
-            np.array(addresses, dtype=np.int64),
-            np.array(counts, dtype=np.int64),
+            np.fromiter(addresses, np.int64, len(addresses)),
+            np.fromiter(counts, np.int64, len(counts)),
             _positions_of(dtypes),
             unusual,
             len(set(addresses)) == len(addresses),

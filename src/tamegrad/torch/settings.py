@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
 
+from tamegrad.errors import closest, quoted
 from tamegrad.policy import Overrides, Policy, as_policy
 from tamegrad.strategies import OnNonfinite, check_on_nonfinite
 from tamegrad.torch.sharded.distributed import check_process_groups
@@ -42,7 +43,19 @@ class Settings:
 
     @classmethod
     def of(cls, policy: object, *, overrides: Overrides | None = None, **others: Any) -> "Settings":  # noqa: ANN401
-        """Returns the settings that a user passed to a front door: a policy or what stands for one, and keywords."""
+        """Returns the settings that a user passed to a front door: a policy, or what it is made from, and keywords.
+
+        Raises:
+            TypeError: If a keyword is unknown; the message names the closest.
+            SettingError: If a setting is invalid.
+        """
+        unknown = next((name for name in others if name not in Keywords.__annotations__), None)
+        if unknown is not None:
+            known = Keywords.__annotations__
+            raise TypeError(
+                f"got an unexpected keyword argument {unknown!r}; allowed: {', '.join(known)}; "
+                f"closest: {quoted(closest(unknown, known, most=1))}"
+            )
         return cls(as_policy(policy, overrides, "policy"), **others)
 
     def __post_init__(self) -> None:
