@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from support.contract import (
-    BUILT_IN,
+    EXACT,
     QUICK_BACKENDS,
     Case,
     assert_contract,
@@ -111,7 +111,7 @@ def test_a_loss_scale_changes_nothing_but_the_gradients(
             assert_same_values(gradient / loss_scale, expected[layer][kind], f"{layer}.{kind}")
 
 
-WITH_THRESHOLD = [kind for kind in BUILT_IN if "threshold" in {field.name for field in fields(kind)}]
+WITH_THRESHOLD = [kind for kind in EXACT if "threshold" in {field.name for field in fields(kind)}]
 
 
 @pytest.mark.parametrize("backend", QUICK_BACKENDS)
