@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+from support.processes import run_python
 from tamegrad import __version__, cli
 from tamegrad.errors import quoted
 from tamegrad.study import command
@@ -98,7 +99,7 @@ def test_help_loads_no_framework() -> None:
         "import sys\nfrom tamegrad.cli import main\ntry:\n    main(['compare', '--help'])\nexcept SystemExit:\n"
         "    heavy = {'torch', 'plotly', 'jinja2', 'rich'} & set(sys.modules)\n    assert not heavy, heavy\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    run_python(code)
 
 
 # Comparisons

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from support.contract import DECIDED, every_strategy
+from support.tables import a_table
 from tamegrad import Clip, ClipValue, GradientNormalization, Keep, Policy, Renormalize, SettingError, Strategy
-from tamegrad.decide import AFTER, BEFORE, BIG_FACTOR, COLUMNS, CUT, NONFINITE, SMALL_FACTOR, Rules, decide
+from tamegrad.decide import AFTER, BEFORE, BIG_FACTOR, COLUMNS, CUT, NONFINITE, Rules, decide
 from tamegrad.groups import Group
 from tamegrad.strategies import OnNonfinite
 
@@ -55,19 +56,6 @@ def random_table(ranges: tuple[int, ...]) -> NDArray[np.float64]:
     table[::5, CUT] = 3
     # A cut group has something to cut.
     table[::5, 1] += 1.0
-    return table
-
-
-def a_table(norms: list[float]) -> NDArray[np.float64]:
-    """What is measured of groups of one value each."""
-    table = np.zeros((len(norms), COLUMNS))
-    for row, norm in zip(table, norms, strict=True):
-        if norm > 1e150:
-            row[2] = (norm * BIG_FACTOR) ** 2
-        elif norm < 1e-150:
-            row[0] = (norm * SMALL_FACTOR) ** 2
-        else:
-            row[1] = norm**2
     return table
 
 
@@ -186,6 +174,27 @@ def test_ten_thousand_thresholds_take_one_call() -> None:
     # Instances that differ in more than a number are called on their own.
     assert Counting.calls == [10_000, 10_000]
     assert decision.norms_after.tolist() == [0.5, 1.0] * 5_000
+
+
+@dataclass(frozen=True)
+class Optional(Strategy):
+    """Limits norms where it has thresholds, of which the first is annotated as many people would."""
+
+    first: float = None  # type: ignore[assignment]
+    second: float | None = None
+
+    def target(self, norms: Any, xp: ModuleType) -> Any:
+        for threshold in (self.first, self.second):
+            norms = norms if threshold is None else xp.minimum(norms, threshold)
+        return norms
+
+
+def test_a_number_may_be_left_out() -> None:
+    rules = Rules.of(groups_of([Optional(), Optional(2.0), Optional(1), Optional(second=0.5), Optional(3.0, 0.25)]))
+    table, wanted = a_table([5.0] * 5), [5.0, 2.0, 1.0, 0.5, 0.25]
+    assert decide(table, rules, np, on_nonfinite="keep").norms_after.tolist() == wanted
+    rules, on_torch = rules.converted(torch.from_numpy), torch.from_numpy(table)
+    assert decide(on_torch, rules, torch, on_nonfinite="keep").norms_after.tolist() == wanted
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,12 @@
 """`tamegrad dl4j FILE`: the table, the Python code, and one line for an error."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from support.dl4j_files import MODELS
+from support.processes import run_python
 from tamegrad import Policy, cli
 from tamegrad.dl4j import read_policy
 
@@ -70,4 +69,4 @@ def test_loads_no_framework() -> None:
         "except SystemExit as done:\n    assert done.code == 0\n"
         "assert not {'torch', 'jax', 'plotly'} & set(sys.modules)\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    run_python(code)

@@ -1,9 +1,8 @@
 """`import tamegrad` loads no framework; and the check that says so would notice if it did."""
 
-import subprocess
-import sys
-
 import pytest
+
+from support.processes import run_python
 
 FRAMEWORKS = ("torch", "jax", "click", "plotly")
 
@@ -11,7 +10,7 @@ FRAMEWORKS = ("torch", "jax", "click", "plotly")
 def frameworks_loaded_by(code: str) -> list[str]:
     """Runs some code in a fresh interpreter and returns which frameworks it left loaded."""
     probe = f"{code}\nimport sys\nprint(*(name for name in {FRAMEWORKS!r} if name in sys.modules))"
-    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True, timeout=120)
+    done = run_python(probe)
     return done.stdout.split()
 
 
@@ -26,5 +25,5 @@ def test_would_notice_a_framework() -> None:
 
 def test_says_which_extra_is_missing_without_torch() -> None:
     code = "import sys; sys.modules['torch'] = None\nimport tamegrad.torch"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    done = run_python(code, check=False)
     assert "pip install 'tamegrad[torch]'" in done.stderr.splitlines()[-1]

@@ -13,6 +13,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from types import ModuleType
 from typing import Any, Generic, TypeVar
 
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 
 from tamegrad.errors import SettingError
 from tamegrad.groups import Group
-from tamegrad.strategies import OnNonfinite, Strategy
+from tamegrad.strategies import AnyArray, OnNonfinite, Strategy
 
 __all__ = ["AFTER", "BEFORE", "COLUMNS", "CUT", "NONFINITE", "Decision", "Rules", "decide"]
 
@@ -37,6 +38,9 @@ SMALL_BELOW, BIG_ABOVE = 2.0**-511, 2.0**486
 SMALL_EXPONENT, BIG_EXPONENT = 537, -538
 SMALL_FACTOR, BIG_FACTOR = 2.0**SMALL_EXPONENT, 2.0**BIG_EXPONENT
 SMALLEST_NORMAL = 2.0**-1022
+# A sum of squares between these is accurate: no square overflowed, and squares below the smallest normal number are too
+# few to matter in a tensor, or a piece of one.
+SAFE_ABOVE, SAFE_BELOW = 2.0**-900, 2.0**972
 # The powers of two that a float64 holds.
 SMALLEST_EXPONENT, LARGEST_EXPONENT = -1074, 1023
 
@@ -84,7 +88,7 @@ class Rules(Generic[ArrayT]):
             strategies.append((_replaced(strategy, arrays), None if governed is None else convert(governed)))
         return Rules(self.groups, tuple(strategies), convert(self.limits), self.has_limits)
 
-    def targets(self, norms: Any, xp: ModuleType) -> Any:  # noqa: ANN401  arrays of NumPy, PyTorch or JAX
+    def targets(self, norms: AnyArray, xp: ModuleType) -> AnyArray:
         """Returns the norms that groups should end with; one call a strategy class.
 
         Args:
@@ -129,7 +133,7 @@ class Decision(Generic[ArrayT]):
     zeroed: ArrayT | None
 
     @property
-    def changed(self) -> Any:  # noqa: ANN401  an array of the same framework
+    def changed(self) -> AnyArray:
         """Whether a group's values change at all; `(G,)` bool."""
         decision: Any = self
         if decision.first is None:
@@ -141,13 +145,13 @@ class Decision(Generic[ArrayT]):
 
 
 def decide(
-    table: Any,  # noqa: ANN401  arrays of NumPy, PyTorch or JAX
+    table: AnyArray,
     rules: Rules[Any],
     xp: ModuleType,
     *,
     on_nonfinite: OnNonfinite,
-    loss_scale: Any = None,  # noqa: ANN401
-    total: Any = None,  # noqa: ANN401
+    loss_scale: float | AnyArray | None = None,
+    total: AnyArray | None = None,
 ) -> Decision[Any]:
     """Decides on every group from the measurements; never reads a device.
 
@@ -221,7 +225,9 @@ def decide(
         return Decision(norms, scales, norms_after, clipped, nonfinite, total_norm, first, second, limits, zeroed)
 
 
-def _factors(xp: ModuleType, targets: Any, root: Any, exponent: Any, rescaled: Any) -> tuple[Any, Any, Any]:  # noqa: ANN401
+def _factors(
+    xp: ModuleType, targets: AnyArray, root: AnyArray, exponent: AnyArray, rescaled: AnyArray
+) -> tuple[AnyArray, AnyArray, AnyArray]:
     """Returns the two factors that bring norms `root·2^exponent` to targets, and their product.
 
     Where one float64 holds the scale the first factor is 1. Elsewhere its exponent is split evenly, so that neither
@@ -240,7 +246,7 @@ def _factors(xp: ModuleType, targets: Any, root: Any, exponent: Any, rescaled: A
     return first, second, scale
 
 
-def _ldexp(xp: ModuleType, values: Any, exponent: Any) -> Any:  # noqa: ANN401  arrays of NumPy, PyTorch or JAX
+def _ldexp(xp: ModuleType, values: AnyArray, exponent: AnyArray) -> AnyArray:
     """Multiplies by powers of two that may be past what one float64 holds, and rounds at most once."""
     if xp is np:
         return np.ldexp(values, exponent)
@@ -249,14 +255,14 @@ def _ldexp(xp: ModuleType, values: Any, exponent: Any) -> Any:  # noqa: ANN401  
     return values * _power_of_two(xp, half) * _power_of_two(xp, exponent - half)
 
 
-def _power_of_two(xp: ModuleType, exponent: Any) -> Any:  # noqa: ANN401  an int64 array
+def _power_of_two(xp: ModuleType, exponent: AnyArray) -> AnyArray:
     """Returns float64 powers of two, subnormal ones included: two normal ones, made of their bits and multiplied."""
     half = exponent // 2
     first, second = (((part + LARGEST_EXPONENT) << 52).view(xp.float64) for part in (half, exponent - half))
     return first * second
 
 
-def _norm(xp: ModuleType, squares: Any) -> tuple[Any, Any]:  # noqa: ANN401  arrays of NumPy, PyTorch or JAX
+def _norm(xp: ModuleType, squares: AnyArray) -> tuple[AnyArray, AnyArray | None]:
     """Combines the three ranges of `(G, 3)` sums of squares to norms `root·2^exponent`; None stands for zeros."""
     small, middle, big = squares[:, 0], squares[:, 1], squares[:, 2]
     if xp is np and not squares[:, ::2].any():
@@ -273,14 +279,14 @@ def _norm(xp: ModuleType, squares: Any) -> tuple[Any, Any]:  # noqa: ANN401  arr
 
 
 def _floats(strategy: Strategy) -> dict[str, Any]:
-    """Returns the fields of a strategy that are floats, or arrays of them."""
-    fields = dataclasses.fields(strategy)
-    values = {field.name: getattr(strategy, field.name) for field in fields}
-    return {
-        field.name: values[field.name]
-        for field in fields
-        if field.type in {float, "float"} or isinstance(values[field.name], float)
-    }
+    """Returns the fields of a strategy that are floats, numbers annotated as floats, or arrays of them."""
+    floats = {}
+    for field in dataclasses.fields(strategy):
+        value = getattr(strategy, field.name)
+        is_number = isinstance(value, Real) and field.type in {float, "float"}
+        if is_number or isinstance(value, float | np.ndarray):
+            floats[field.name] = value
+    return floats
 
 
 def _callable_together(strategy: Strategy) -> Hashable:
@@ -311,7 +317,8 @@ def _replaced(strategy: Strategy, values: dict[str, Any]) -> Strategy:
 def _refuse_unusable(
     rules: Rules[Any], norms: NDArray[np.float64], targets: NDArray[np.float64], unusable: NDArray[np.bool_]
 ) -> None:
-    for index in np.flatnonzero(unusable).tolist():
+    if unusable.any():
+        index = int(unusable.argmax())
         strategy = next(one for one, governed in rules.strategies if governed is None or governed[index])
         raise _target_error(
             strategy,

@@ -26,6 +26,9 @@ Per: TypeAlias = Literal["layer", "param_type", "tensor", "model"]
 # What happens to a group that holds NaN or infinity: left as it is, zeroed, the whole step skipped, an error raised.
 OnNonfinite: TypeAlias = Literal["keep", "zero", "skip", "raise"]
 
+# An array of NumPy, PyTorch or JAX, which have no type in common.
+AnyArray: TypeAlias = Any
+
 
 class Strategy:
     """Base class of all strategies; subclass it to write your own.
@@ -61,7 +64,7 @@ class Strategy:
 
     per: Per = "layer"
 
-    def target(self, norms: Any, xp: ModuleType) -> Any:  # noqa: ANN401  arrays of NumPy, PyTorch or JAX
+    def target(self, norms: AnyArray, xp: ModuleType) -> AnyArray:
         """Returns the norms that groups should end with.
 
         Called with the true norms: without the loss scale, added up over all ranks.
@@ -128,7 +131,7 @@ class Clip(Strategy):
         object.__setattr__(self, "threshold", _checked_threshold("Clip", self.threshold))
         check_per("Clip", self.per)
 
-    def target(self, norms: Any, xp: ModuleType) -> Any:  # noqa: ANN401  arrays of NumPy, PyTorch or JAX
+    def target(self, norms: AnyArray, xp: ModuleType) -> AnyArray:
         """Returns the norms, at most the threshold."""
         return xp.minimum(norms, self.threshold)
 
@@ -189,7 +192,7 @@ class Renormalize(Strategy):
     def __post_init__(self) -> None:
         check_per("Renormalize", self.per)
 
-    def target(self, norms: Any, xp: ModuleType) -> Any:  # noqa: ANN401  arrays of NumPy, PyTorch or JAX
+    def target(self, norms: AnyArray, xp: ModuleType) -> AnyArray:
         """Returns 1 for every group."""
         return xp.ones_like(norms)
 

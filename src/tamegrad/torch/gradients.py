@@ -21,7 +21,7 @@ from tamegrad.torch.memory import (
     owns_memory,
 )
 from tamegrad.torch.sharded.partial import with_placements_of
-from tamegrad.torch.sharded.sharding import local_part, mesh_of, with_local_part
+from tamegrad.torch.sharded.sharding import local_part, mesh_of, waited_for, with_local_part
 
 __all__ = ["Gradients", "collect"]
 
@@ -76,7 +76,7 @@ class Gradients:
         # Meta tensors have values, but no addresses. Where there is no accelerator, no other tensors are elsewhere.
         memory = self.memory
         readable = bool(memory.addresses.all() or ((memory.addresses != 0) | (memory.counts == 0)).all())
-        return readable and (not _may_be_elsewhere() or all(_is_on_host(values) for values in self.values))
+        return readable and (not _may_be_elsewhere() or all(values is None or values.is_cpu for values in self.values))
 
     def to_write(self, changed: NDArray[np.bool_]) -> HeldMemory:
         """Returns where changing gradients are now, for a backend that writes by address, and marks them as changed.
@@ -95,8 +95,10 @@ class Gradients:
         positions = np.flatnonzero(changed & (self.memory.dtypes >= 0))
         tensors: list[Any] = [self.values[position] for position in positions.tolist()]
         held = HeldMemory.of(tensors)
-        now, same = held.memory, held.is_held
-        same &= (now.counts == self.memory.counts[positions]) & (now.dtypes == self.memory.dtypes[positions])
+        now = held.memory
+        same = (
+            held.is_held & (now.counts == self.memory.counts[positions]) & (now.dtypes == self.memory.dtypes[positions])
+        )
         if not same.all():
             raise SettingError(
                 "normalize_()",
@@ -186,10 +188,6 @@ def _may_be_elsewhere() -> bool:
     return not hasattr(torch, "accelerator") or torch.accelerator.is_available()
 
 
-def _is_on_host(values: Tensor | None) -> bool:
-    return values is None or values.device.type == "cpu"
-
-
 def _present(gradients: list[Any]) -> tuple[NDArray[np.int64], list[Tensor]]:
     """Returns the positions of the gradients that there are, and the gradients."""
     positions = [position for position, gradient in enumerate(gradients) if gradient is not None]
@@ -218,7 +216,7 @@ def _plain_parts(
             else:
                 elsewhere[position] = gradient
         elif type(gradient) is not Tensor:
-            parts[position] = _waited_for(gradient)
+            parts[position] = waited_for(gradient)
             if parts[position] is gradient and gradient.layout is torch.strided and not _has_memory(gradient):
                 parts[position] = None
                 # Two parameters may share one wrapper.
@@ -231,12 +229,6 @@ def _plain_parts(
             parts[position] = local_part(gradient)
             copies[position] = Copy(parts[position], None, [parameters[position]])
     return parts
-
-
-def _waited_for(gradient: Any) -> Any:  # noqa: ANN401  a tensor of any class
-    """Waits for a collective that may still run (`AsyncCollectiveTensor`) and returns its result, or the gradient."""
-    is_asynchronous = isinstance(getattr(gradient, "elem", None), Tensor) and hasattr(gradient, "wait")
-    return gradient.wait() if is_asynchronous else gradient
 
 
 def _has_memory(gradient: Tensor) -> bool:

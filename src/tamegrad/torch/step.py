@@ -11,7 +11,7 @@ from tamegrad.decide import NONFINITE, Decision
 from tamegrad.errors import NonFiniteGradientError, SettingError
 from tamegrad.report import Report
 from tamegrad.strategies import OnNonfinite
-from tamegrad.torch.backends import BACKENDS, Backend, SelectedBackend, select
+from tamegrad.torch.backends import BACKENDS, Backend, SelectedBackend, is_capturing, select
 from tamegrad.torch.backends.tensorwise import count_nonfinite
 from tamegrad.torch.gradients import Gradients, collect
 from tamegrad.torch.model.planning import PlannedModel
@@ -120,11 +120,7 @@ class Step:
         return groups[self._backend.group_of]
 
     def _refuse_capture(self) -> None:
-        if self._on_nonfinite not in {"skip", "raise"}:
-            return
-        # A PyTorch without CUDA raises when asked for its stream.
-        initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # PyTorch has no type there
-        if initialized and torch.cuda.is_current_stream_capturing():
+        if self._on_nonfinite in {"skip", "raise"} and is_capturing():
             raise SettingError(
                 f'on_nonfinite="{self._on_nonfinite}"',
                 got="a step while a CUDA graph is captured, which cannot read the device",

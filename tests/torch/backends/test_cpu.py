@@ -3,7 +3,6 @@
 import ctypes
 import math
 import mmap
-import subprocess
 import sys
 import threading
 import time
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from support.contract import bits
 from support.gradients import model_with, random_gradients
+from support.processes import run_python
 from tamegrad import Clip, ClipValue, Keep, MissingExtraError, Renormalize
 from tamegrad.torch import GradientNormalizer, normalize_grad_
 from tamegrad.torch.backends import select
@@ -272,7 +272,7 @@ if child == 0:
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
     # PyTorch's own threads do not survive a fork, so the child makes no large tensor.
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    done = run_python(code)
     assert done.stdout.split() == ["0"]
 
 
@@ -291,25 +291,15 @@ print(normalizer.backend, parameter.grad.tolist(), sep="|")
 """
 
 
-def a_process(code: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=240,
-    )
-
-
 def test_the_second_process_finds_what_the_first_compiled() -> None:
     # What the first one finds in the cache depends on what ran before.
-    first, second = (a_process(LOG_OF_A_STEP) for _ in range(2))
+    first, second = (run_python(LOG_OF_A_STEP) for _ in range(2))
     assert first.stdout == second.stdout
     assert "tamegrad" not in second.stderr
 
 
 def test_without_numba_it_falls_back_to_foreach_and_says_so() -> None:
-    done = a_process("import sys; sys.modules['numba'] = None\n" + LOG_OF_A_STEP)
+    done = run_python("import sys; sys.modules['numba'] = None\n" + LOG_OF_A_STEP)
     backend, gradient = done.stdout.strip().split("|")
     assert backend.startswith("foreach (the only parameter is on the CPU, but Numba cannot be used: ")
     assert backend.endswith("; pip install 'tamegrad[cpu]')")
@@ -317,7 +307,7 @@ def test_without_numba_it_falls_back_to_foreach_and_says_so() -> None:
 
 
 def test_numba_is_not_imported_before_it_is_needed() -> None:
-    assert a_process("import sys, tamegrad.torch; print('numba' in sys.modules)").stdout.strip() == "False"
+    assert run_python("import sys, tamegrad.torch; print('numba' in sys.modules)").stdout.strip() == "False"
 
 
 def test_asking_for_a_backend_that_cannot_run_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

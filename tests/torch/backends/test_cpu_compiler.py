@@ -5,9 +5,7 @@ import errno
 import importlib
 import inspect
 import logging
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +17,7 @@ from numba.core.caching import IndexDataCacheFile
 from numba.core.dispatcher import Dispatcher
 
 from support.gradients import model_with
+from support.processes import run_python
 from tamegrad import Clip
 from tamegrad.torch import GradientNormalizer
 from tamegrad.torch.backends.cpu import compiler
@@ -139,17 +138,6 @@ def test_a_cache_that_cannot_be_written_does_not_stop_the_step(
     assert "is not cached" in caplog.text
 
 
-def a_process(code: str, **environment: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-        env={**os.environ, **environment},
-    )
-
-
 FLOAT16_STEP = """
 import torch
 from tamegrad import Clip
@@ -163,11 +151,11 @@ print(normalizer.normalize_().norms.item(), [round(value, 3) for value in parame
 
 @pytest.mark.parametrize("cpu", ["generic", "x86-64"])
 def test_float16_works_for_a_cpu_without_conversions(cpu: str) -> None:
-    done = a_process(FLOAT16_STEP, NUMBA_CPU_NAME=cpu, NUMBA_CPU_FEATURES="")
+    done = run_python(FLOAT16_STEP, check=False, NUMBA_CPU_NAME=cpu, NUMBA_CPU_FEATURES="")
     assert done.stdout.startswith("5.0 [0.6, 0.8] cpu"), done.stderr
 
 
 def test_another_backend_is_used_if_numba_may_not_compile() -> None:
-    done = a_process(FLOAT16_STEP, NUMBA_DISABLE_JIT="1")
+    done = run_python(FLOAT16_STEP, check=False, NUMBA_DISABLE_JIT="1")
     assert done.stdout.startswith("5.0 [0.6, 0.8] foreach"), done.stderr
     assert "NUMBA_DISABLE_JIT is set" in done.stdout

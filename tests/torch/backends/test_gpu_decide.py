@@ -15,8 +15,9 @@ from torch import Tensor
 from support.contract import DECIDED, NORM_TOLERANCE, paired
 from support.gradients import model_with
 from support.interpreted import MARKS, patched_once
+from support.tables import a_table
 from tamegrad import Clip, ClipValue, Keep, Renormalize
-from tamegrad.decide import AFTER, BEFORE, BIG_FACTOR, COLUMNS, CUT, NONFINITE, SMALL_FACTOR, Decision, Rules, decide
+from tamegrad.decide import AFTER, BEFORE, BIG_FACTOR, COLUMNS, CUT, NONFINITE, Decision, Rules, decide
 from tamegrad.groups import Group, Layer, Parameter, Plan
 from tamegrad.strategies import OnNonfinite, Strategy
 from tamegrad.torch import GradientNormalizer
@@ -128,19 +129,6 @@ def test_decides_as_the_core_does(
     )
 
 
-def measured(norms: list[float]) -> NDArray[np.float64]:
-    """What is measured of groups of one value each."""
-    table = np.zeros((len(norms), COLUMNS))
-    for row, norm in zip(table, norms, strict=True):
-        if norm > 1e146:
-            row[2] = (norm * BIG_FACTOR) ** 2
-        elif norm < 1e-153:
-            row[0] = (norm * SMALL_FACTOR) ** 2
-        else:
-            row[1] = norm**2
-    return table
-
-
 NORMS = [0.0, 5e-324, 1e-310, 2.3e-308, 1e-300, 1e-160, 1e-150, 0.3, 1.0, 7.0, 1e150, 1e300, 1.7e308]
 THRESHOLDS = [
     5e-324,
@@ -162,7 +150,7 @@ THRESHOLDS = [
 def test_decides_as_the_core_does_on_extreme_norms_and_targets(loss_scale: Tensor | None) -> None:
     strategies: list[Strategy] = [*map(Clip, THRESHOLDS), Renormalize(), Keep()]
     norms, chosen = zip(*itertools.product(NORMS, strategies), strict=True)
-    assert_decided_as_in_the_core(measured(list(norms)), list(chosen), loss_scale=loss_scale)
+    assert_decided_as_in_the_core(a_table(list(norms)), list(chosen), loss_scale=loss_scale)
 
 
 def test_decides_as_the_core_does_at_the_edges_of_what_can_be_measured() -> None:

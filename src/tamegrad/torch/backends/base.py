@@ -17,7 +17,7 @@ from tamegrad.groups import Plan
 from tamegrad.strategies import OnNonfinite
 from tamegrad.torch.gradients import Gradients
 
-__all__ = ["Backend", "on_device"]
+__all__ = ["Backend", "is_capturing", "on_device"]
 
 
 class Backend(ABC):
@@ -111,9 +111,19 @@ class Backend(ABC):
             self._rules_on[device] = self.rules.converted(lambda array: torch.from_numpy(array).to(device))
         return self._rules_on[device]
 
-    def limits_on_host(self, loss_scale: Tensor | None) -> NDArray[np.float64]:
-        """Returns the `(G,)` limits on the elements of gradients that are multiplied by a loss scale."""
-        return self.rules.limits if loss_scale is None else self.rules.limits * loss_scale.item()
+    def limits_on(self, device: torch.device, loss_scale: Tensor | None = None) -> Tensor | None:
+        """Returns the `(G,)` limits on elements, times the loss scale if there is one; None if nothing is limited."""
+        if not self.rules.has_limits:
+            return None
+        limits = self.rules_on(device).limits
+        return limits if loss_scale is None else limits * loss_scale.to(limits)
+
+
+def is_capturing() -> bool:
+    """Returns whether a CUDA graph is being captured on the current stream."""
+    # PyTorch without CUDA raises when asked for the stream.
+    initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # PyTorch has no type there
+    return initialized and torch.cuda.is_current_stream_capturing()
 
 
 def on_device(vector: Any, device: torch.device) -> Tensor:  # noqa: ANN401  an array of NumPy or PyTorch

@@ -42,6 +42,8 @@ class ForeachBackend(Backend):
     def __init__(self, plan: Plan, counted: Sequence[bool]) -> None:
         super().__init__(plan, counted)
         self._limited = np.isfinite(self.rules.limits)
+        in_order = np.argsort(self.group_of, kind="stable")
+        self._in_order = list(zip(in_order.tolist(), self.group_of[in_order].tolist(), strict=True))
 
     @torch.no_grad()
     def measure(self, gradients: Gradients, loss_scale: Tensor | None) -> Tensor:
@@ -51,11 +53,9 @@ class ForeachBackend(Backend):
         together, alone = self._split(gradients, self.counted)
         for bucket in together:
             self._add_bucket(table, bucket)
-        limits = self.rules_on(home).limits
-        if loss_scale is not None:
-            limits = limits * loss_scale.to(limits)
+        limits = self.limits_on(home, loss_scale)
         for group, values in alone:
-            limit = limits[group].to(values.device) if self._limited[group] else None
+            limit = limits[group].to(values.device) if limits is not None and self._limited[group] else None
             table[group] += measured(values, limit).to(home)
         return table
 
@@ -81,8 +81,8 @@ class ForeachBackend(Backend):
         """
         buckets: dict[tuple[torch.device, torch.dtype], _Bucket] = {}
         alone: _Bucket = []
-        for position in np.argsort(self.group_of, kind="stable").tolist():
-            values, group = gradients.values[position], int(self.group_of[position])
+        for position, group in self._in_order:
+            values = gradients.values[position]
             if values is None or not chosen[position] or not values.numel():
                 continue
             if values.dtype in _NARROW and not self._limited[group]:
@@ -104,10 +104,10 @@ class ForeachBackend(Backend):
         if table.device.type != "cpu":
             table[:, NONFINITE.start] += ~(sums < torch.inf)
             return
-        for group in np.flatnonzero(~np.isfinite(sums.numpy())).tolist():
-            for owner, values in bucket:
-                if owner == group:
-                    table[group, NONFINITE] += count_nonfinite(values).cpu()
+        nonfinite = ~np.isfinite(sums.numpy())
+        for group, values in bucket:
+            if nonfinite[group]:
+                table[group, NONFINITE] += count_nonfinite(values).cpu()
 
 
 def _change_bucket(bucket: _Bucket, decision: Decision[Any]) -> None:

@@ -15,6 +15,8 @@ from tamegrad.decide import (
     COLUMNS,
     CUT,
     NONFINITE,
+    SAFE_ABOVE,
+    SAFE_BELOW,
     SMALL_BELOW,
     SMALL_FACTOR,
 )
@@ -24,8 +26,6 @@ __all__ = ["as_real", "change_", "count_nonfinite", "measured", "pieces_of"]
 
 # The real numbers in a piece. On the CPU smaller ones cost more in calls than they gain in caches.
 HOST_PIECE, DEVICE_PIECE = 2**19, 2**24
-# A sum of squares between these has lost nothing that counts to underflow or overflow.
-SAFE_ABOVE, SAFE_BELOW = 2.0**-900, 2.0**972
 
 
 def as_real(values: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from tamegrad.torch.sharded.sharding import local_part, mesh_of
+from tamegrad.torch.sharded.sharding import local_part, mesh_of, with_local_part
 
 __all__ = ["with_placements_of"]
 
@@ -67,10 +67,8 @@ def _added_up(parts: list[Tensor], mesh: Any, dimension: int, operation: str) ->
 
 def _replicated(gradient: Any, part: Tensor, dimension: int) -> Any:  # noqa: ANN401  DTensors
     """Returns a DTensor like the gradient, but with this shard, replicated along the dimension."""
-    from torch.distributed.tensor import DTensor, Replicate  # noqa: PLC0415  slow, and rarely needed
+    from torch.distributed.tensor import Replicate  # noqa: PLC0415  slow, and rarely needed
 
     placements = list(gradient.placements)
     placements[dimension] = Replicate()
-    return DTensor.from_local(
-        part, mesh_of(gradient), placements, run_check=False, shape=gradient.shape, stride=gradient.stride()
-    )
+    return with_local_part(gradient, part, placements)

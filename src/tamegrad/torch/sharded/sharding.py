@@ -4,7 +4,7 @@ A sharded tensor is PyTorch's `DTensor`, recognized by its `device_mesh`, so tha
 `torch.distributed`. A rank is a process.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -23,6 +23,7 @@ __all__ = [
     "local_part",
     "mesh_of",
     "ranks_together",
+    "waited_for",
     "with_local_part",
 ]
 
@@ -48,19 +49,22 @@ def is_sharded(parameters: Iterable[Any]) -> bool:
 
 def local_part(tensor: Any) -> Tensor:  # noqa: ANN401  a DTensor
     """Returns this rank's shard of a tensor, in the same memory."""
-    part: Tensor = tensor.to_local()
-    # This may be an AsyncCollectiveTensor, whose collective is still running.
-    wait: Callable[[], Tensor] | None = getattr(part, "wait", None)
-    return part if wait is None else wait()
+    part: Tensor = waited_for(tensor.to_local())
+    return part
 
 
-def with_local_part(like: Any, part: Tensor) -> Tensor:  # noqa: ANN401  a DTensor
-    """Returns a DTensor with the placements of `like`, and `part` as this rank's shard."""
+def waited_for(tensor: Any) -> Any:  # noqa: ANN401  a tensor of any class
+    """Waits for a collective that may still run (`AsyncCollectiveTensor`) and returns its result, or the tensor."""
+    is_asynchronous = isinstance(getattr(tensor, "elem", None), Tensor) and hasattr(tensor, "wait")
+    return tensor.wait() if is_asynchronous else tensor
+
+
+def with_local_part(like: Any, part: Tensor, placements: Sequence[Any] | None = None) -> Tensor:  # noqa: ANN401
+    """Returns a DTensor like another, but with `part` as this rank's shard and, if given, other placements."""
     from torch.distributed.tensor import DTensor  # noqa: PLC0415  slow, and already imported where there is a DTensor
 
-    return DTensor.from_local(
-        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-    )
+    placed = like.placements if placements is None else placements
+    return DTensor.from_local(part, like.device_mesh, placed, run_check=False, shape=like.shape, stride=like.stride())
 
 
 def first_rank(mesh: "DeviceMesh") -> int:

@@ -25,6 +25,7 @@ from tamegrad.torch.memory import DTYPES, Memory
 
 __all__ = ["CpuBackend"]
 
+_HOST = torch.device("cpu")
 _FLOAT16 = DTYPES.index(torch.float16)
 _MIDDLE_BEFORE, _MIDDLE_AFTER = BEFORE.start + 1, AFTER.start + 1
 
@@ -49,12 +50,13 @@ class CpuBackend(Backend):
         if not _can_read(gradients):
             return self._fallback.measure(gradients, loss_scale)
         work = self._work_for(gradients.memory)
-        limits = self.limits_on_host(loss_scale)[self.group_of] if self.rules.has_limits else None
+        limits = self.limits_on(_HOST, loss_scale)
+        limits_of = None if limits is None else limits.numpy()[self.group_of]
         # Loops write one number a chunk, and a row where there is more to report.
         sums, rows = np.empty(len(work.measured)), np.empty((len(work.measured), COLUMNS))
         for format_, bounds in work.measuring:
-            args = work.measured, gradients.memory.addresses, limits, format_.pairs, format_.like, sums, rows
-            threads.run(measure_chunks, (format_.like.dtype, limits is None), bounds, *args, alive=gradients)
+            args = work.measured, gradients.memory.addresses, limits_of, format_.pairs, format_.like, sums, rows
+            threads.run(measure_chunks, (format_.like.dtype, limits_of is None), bounds, *args, alive=gradients)
         return torch.from_numpy(self._added_up(work, sums, rows))
 
     def apply_(self, gradients: Gradients, decision: Decision[Any], changed: NDArray[np.bool_]) -> None:

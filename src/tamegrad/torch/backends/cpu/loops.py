@@ -18,6 +18,8 @@ from numba.extending import overload
 from tamegrad.decide import (
     BIG_ABOVE,
     BIG_FACTOR,
+    SAFE_ABOVE,
+    SAFE_BELOW,
     SMALL_BELOW,
     SMALL_FACTOR,
 )
@@ -36,9 +38,6 @@ __all__ = ["BLOCK", "change_chunks", "measure_chunks"]
 
 # Sums are taken in blocks, which keeps the rounding errors of a long sum small.
 BLOCK = 4096
-# A sum of squares between these is accurate: no square overflowed, and no chunk is long enough for squares below the
-# smallest normal number to matter.
-SAFE_ABOVE, SAFE_BELOW = 2.0**-900, 2.0**972
 
 
 def widened(value: Any) -> Any:

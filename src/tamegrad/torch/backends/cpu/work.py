@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tamegrad.torch.memory import DTYPES, Memory
+from tamegrad.torch.memory import DTYPES, PARTS, Memory
 
 __all__ = ["CHUNK", "Work", "cut_into_chunks", "share_out"]
 
@@ -91,7 +91,8 @@ def cut_into_chunks(
     Returns:
         `(C, 3)`: position of the gradient, first real number, how many; and `(C,)`: the dtype. Dtype by dtype.
     """
-    reals = counts * np.where([index >= 0 and DTYPES[index].is_complex for index in dtypes], 2, 1)
+    # Where there is no gradient the count is 0.
+    reals = counts * PARTS[dtypes]
     numbers = -(-reals // CHUNK)
     positions = np.repeat(np.arange(len(counts)), numbers)
     starts = CHUNK * (np.arange(len(positions)) - np.repeat(np.cumsum(numbers) - numbers, numbers))

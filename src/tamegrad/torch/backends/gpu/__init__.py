@@ -105,7 +105,7 @@ class GpuBackend(Backend):
             decide_groups[(1 + triton.cdiv(groups, _GROUPS),)](
                 table.contiguous(),
                 self._bounds_on[device],
-                self._limits_on(device),
+                self.limits_on(device),
                 _readable(loss_scale, device),
                 None if total is None else total.to(table).contiguous(),
                 numbers,
@@ -167,7 +167,7 @@ class GpuBackend(Backend):
     def _measured(self, part: "_Part", loss_scale: Tensor | None) -> Tensor:
         """Returns the sums of what is on one device."""
         layout, device = part.layout, part.layout.device
-        chunks, limits = len(layout.measured), self._limits_on(device)
+        chunks, limits = len(layout.measured), self.limits_on(device)
         with _launching_on(device):
             partial = torch.empty(chunks, COLUMNS, dtype=torch.float64, device=device)
             sums = torch.empty(len(self.plan.groups), COLUMNS, dtype=torch.float64, device=device)
@@ -187,10 +187,6 @@ class GpuBackend(Backend):
                 vectors = decision.first, decision.second, decision.limits, decision.zeroed
                 moved = (None if vector is None else on_device(vector, device) for vector in vectors)
                 apply_chunk[(chunks,)](*tables, *moved, **part.constants)
-
-    def _limits_on(self, device: torch.device) -> Tensor | None:
-        """Returns the `(G,)` limits on elements; None if there are none, for which kernels are specialized."""
-        return self.rules_on(device).limits if self.rules.has_limits else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,9 +218,10 @@ class _Part:
 
 def _readable(loss_scale: Tensor | None, device: torch.device) -> Tensor | None:
     """Returns a loss scale as kernels on a device can read it; usually unchanged."""
-    if loss_scale is None or loss_scale.dtype in {torch.float32, torch.float64}:
-        return None if loss_scale is None else loss_scale.to(device)
-    return loss_scale.to(device, torch.float64)
+    if loss_scale is None:
+        return None
+    readable = loss_scale.dtype in {torch.float32, torch.float64}
+    return loss_scale.to(device, loss_scale.dtype if readable else torch.float64)
 
 
 def _launching_on(device: torch.device) -> AbstractContextManager[object]:

@@ -6,7 +6,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tamegrad.errors import SettingError
-from tamegrad.torch.memory import DTYPES, Memory
+from tamegrad.torch.backends.base import is_capturing
+from tamegrad.torch.memory import PARTS, Memory
 
 __all__ = ["BLOCK", "CHUNK", "Layout", "facts_of", "is_aligned", "refuse_capture"]
 
@@ -19,9 +20,6 @@ CHUNK = 16 * BLOCK
 ALIGNMENT = 16
 # The address tables that one step fills: to measure, and to apply.
 TABLES_IN_STEP = 2
-
-# How many real numbers a value is, by dtype.
-_PARTS = np.array([2 if dtype.is_complex else 1 for dtype in DTYPES])
 
 
 class Layout:
@@ -108,19 +106,12 @@ def facts_of(memory: Memory, group_of: NDArray[np.int64], counted: NDArray[np.bo
     Returns:
         `(P, 4)`.
     """
-    return np.stack([memory.counts * _PARTS[memory.dtypes], group_of, memory.dtypes, counted], 1)
+    return np.stack([memory.counts * PARTS[memory.dtypes], group_of, memory.dtypes, counted], 1)
 
 
 def is_aligned(addresses: NDArray[np.int64]) -> bool:
     """Returns whether every address allows the widest loads."""
     return not (addresses % ALIGNMENT).any()
-
-
-def is_capturing() -> bool:
-    """Returns whether a CUDA graph is being captured on the current stream."""
-    # PyTorch without CUDA raises when asked for the stream.
-    initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # PyTorch has no type there
-    return initialized and torch.cuda.is_current_stream_capturing()
 
 
 def refuse_capture(what: str) -> None:
