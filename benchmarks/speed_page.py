@@ -250,6 +250,8 @@ Read the ratios, which compare runs from the same minutes, not the milliseconds,
 load. A load average above the number of cores means that something else was running; torch's threads, which synchronize
 in every operation, then lose more than their share, and the ratios flatter tamegrad.
 
+All scales are logarithmic: read the numbers at the bars, not their lengths.
+
 {pictures}
 
 {text}
