@@ -38,7 +38,7 @@ def normalize(
         policy: A `Policy`, a strategy, or a member of `GradientNormalization` (threshold 1.0).
         on_nonfinite: What happens to a group with NaN or infinity: `"keep"` leaves it as it is and `"zero"` makes it
             zero, while the other groups are normalized as usual; `"skip"` leaves all groups as they are, `"raise"`
-            raises.
+            raises. `"skip_group"` is `"keep"` here, where no optimizer follows.
 
     Returns:
         The gradients afterwards, in their original dtypes, and the report of the step.

@@ -24,7 +24,7 @@ __all__ = ["Clip", "ClipValue", "GradientNormalization", "Keep", "OnNonfinite", 
 Per: TypeAlias = Literal["layer", "param_type", "tensor", "model"]
 
 # What happens to a group that holds NaN or infinity: left as it is, zeroed, the whole step skipped, an error raised.
-OnNonfinite: TypeAlias = Literal["keep", "zero", "skip", "raise"]
+OnNonfinite: TypeAlias = Literal["keep", "zero", "skip_group", "skip", "raise"]
 
 # An array of NumPy, PyTorch or JAX, which have no type in common.
 AnyArray: TypeAlias = Any

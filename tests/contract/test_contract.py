@@ -71,9 +71,9 @@ def test_tiny_and_huge_gradients(strategy: Strategy, dtype: torch.dtype, power: 
     assert_contract(a_case(dtype, magnitude=largest**power, seed=1), strategy, backend)
 
 
-CHOICES, VALUES = ("keep", "zero", "skip"), (float("nan"), float("inf"), float("-inf"))
-# Any three in a row have each choice and each value.
-NONFINITE = [(CHOICES[k % 3], VALUES[(k + k // 3) % 3]) for k in range(9)]
+CHOICES, VALUES = ("keep", "zero", "skip_group", "skip"), (float("nan"), float("inf"), float("-inf"))
+# Any four in a row have each choice and each value.
+NONFINITE = [(CHOICES[k % 4], VALUES[k % 3]) for k in range(12)]
 
 
 @pytest.mark.parametrize("backend", QUICK_BACKENDS)

@@ -81,10 +81,10 @@ def sharded_model(gradients: dict[str, dict[str, torch.Tensor]], root: DeviceMes
 
 def cases() -> Iterator[tuple[torch.dtype, object, OnNonfinite, float | None]]:
     """Yields every strategy, dtype and `on_nonfinite`, but not every combination: ranks do not affect them."""
-    choices: tuple[OnNonfinite, ...] = ("keep", "zero", "skip")
+    choices: tuple[OnNonfinite, ...] = ("keep", "zero", "skip_group", "skip")
     for number, strategy in enumerate(every_strategy()):
         yield DTYPES[number % len(DTYPES)], strategy, "keep", None
-        yield torch.float32, strategy, choices[number % 3], (math.nan, -math.inf)[number % 2]
+        yield torch.float32, strategy, choices[number % 4], (math.nan, -math.inf)[number % 2]
 
 
 def compare_with_the_reference(backend: Any) -> list[bytes]:

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from tamegrad.decide import NONFINITE, Decision
 from tamegrad.errors import NonFiniteGradientError, SettingError
@@ -19,6 +19,9 @@ from tamegrad.torch.settings import Settings
 from tamegrad.torch.sharded.sharding import mesh_of
 
 __all__ = ["Step"]
+
+# What to do with non-finite gradients is up to the host in these cases, which reads the device for it.
+_READ_BY_THE_HOST = frozenset[OnNonfinite]({"skip_group", "skip", "raise"})
 
 
 class Step:
@@ -102,6 +105,22 @@ class Step:
         """Returns the report of a step in which a decision was applied, or everything was left as it is."""
         return _StepReport(self._group_names, decision, skipped=skipped)
 
+    def left_out(self, report: Report[Tensor]) -> list[nn.Parameter]:
+        """Returns the parameters that the optimizer must leave out of this step; this may read the device.
+
+        Args:
+            report: The report of the step.
+
+        Returns:
+            All parameters if the step is skipped; those of non-finite groups under `on_nonfinite="skip_group"`.
+        """
+        if report.skipped:
+            return list(self.parameters)
+        if self._on_nonfinite != "skip_group":
+            return []
+        groups = zip(self.plan.groups, report.nonfinite.tolist(), strict=True)
+        return [self.parameters[member] for group, count in groups if count for member in group.members]
+
     @torch.no_grad()
     def nonfinite_error(self, gradients: Gradients) -> NonFiniteGradientError:
         """Returns the error that names the parameters whose gradients are not finite."""
@@ -120,7 +139,7 @@ class Step:
         return groups[self._backend.group_of]
 
     def _refuse_capture(self) -> None:
-        if self._on_nonfinite in {"skip", "raise"} and is_capturing():
+        if self._on_nonfinite in _READ_BY_THE_HOST and is_capturing():
             raise SettingError(
                 f'on_nonfinite="{self._on_nonfinite}"',
                 got="a step while a CUDA graph is captured, which cannot read the device",
