@@ -1,6 +1,9 @@
 """Errors and warnings. Every message says where, what was given, what is allowed and what to do next."""
 
 import difflib
+import sys
+import traceback
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
 __all__ = [
@@ -11,6 +14,31 @@ __all__ = [
     "TamegradWarning",
     "UnmatchedError",
 ]
+
+# Where a call to tamegrad passes through on its way from the user's own code: libraries that call `optimizer.step()`
+# for their users, and what they wrap it with.
+_LIBRARIES = frozenset(
+    {
+        "accelerate",
+        "contextlib",
+        "deepspeed",
+        "fastai",
+        "functools",
+        "ignite",
+        "keras",
+        "lightning",
+        "lightning_fabric",
+        "opacus",
+        "pytorch_lightning",
+        "pytorch_optimizer",
+        "schedulefree",
+        "sentence_transformers",
+        "tamegrad",
+        "torch",
+        "transformers",
+        "trl",
+    }
+)
 
 
 class TamegradError(ValueError):
@@ -119,3 +147,29 @@ def quoted(names: Iterable[str]) -> str:
         "'rnn.l0', 'rnn.l1'"
     """
     return ", ".join(repr(name) for name in names) or "none"
+
+
+def warn(message: str) -> None:
+    """Warns the user, at the line of the user's own code that led here.
+
+    That is the innermost call whose module is not of tamegrad, PyTorch or a library that steps optimizers for its
+    users. If every call is of one of these, the warning points at the outermost.
+
+    Args:
+        message: What is probably a mistake, and what to do about it.
+
+    Warns:
+        TamegradWarning: As the filters of `warnings` say; by default once a line of the user's code.
+
+    Example:
+        >>> with warnings.catch_warnings(record=True, action="always") as caught:
+        ...     warn("nothing to normalize: call loss.backward() first")
+        >>> caught[0].category.__name__, str(caught[0].message)
+        ('TamegradWarning', 'nothing to normalize: call loss.backward() first')
+    """
+    stack = traceback.walk_stack(sys._getframe(1))  # noqa: SLF001
+    # Only names are kept: a frame would keep all its variables in memory.
+    owners = [str(frame.f_globals.get("__name__")).partition(".")[0] for frame, _ in stack]
+    innermost = next((level for level, owner in enumerate(owners) if owner not in _LIBRARIES), len(owners) - 1)
+    # Level 1 is this function, level 2 its caller.
+    warnings.warn(message, TamegradWarning, stacklevel=innermost + 2)
