@@ -5,6 +5,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 __all__ = [
     "MissingExtraError",
@@ -39,6 +40,10 @@ _LIBRARIES = frozenset(
         "trl",
     }
 )
+
+
+# What `warnings` has shown, so that it shows it once a line.
+_warned: dict[str | tuple[str, type[Warning], int], int] = {}
 
 
 class TamegradError(ValueError):
@@ -149,14 +154,42 @@ def quoted(names: Iterable[str]) -> str:
     return ", ".join(repr(name) for name in names) or "none"
 
 
-def warn(message: str) -> None:
-    """Warns the user, at the line of the user's own code that led here.
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A line of code.
+
+    Args:
+        file: The path of its file, as Python knows it.
+        number: Its number there, from 1.
+    """
+
+    file: str
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.number}"
+
+
+def users_line() -> Line:
+    """Returns the line of the user's own code that led here.
 
     That is the innermost call whose module is not of tamegrad, PyTorch or a library that steps optimizers for its
-    users. If every call is of one of these, the warning points at the outermost.
+    users. If every call is of one of these, it is the outermost.
+    """
+    line = Line("<unknown>", 1)
+    for frame, number in traceback.walk_stack(sys._getframe(1)):  # noqa: SLF001
+        line = Line(frame.f_code.co_filename, number)
+        if str(frame.f_globals.get("__name__")).partition(".")[0] not in _LIBRARIES:
+            break
+    return line
+
+
+def warn(message: str, at: Line | None = None) -> None:
+    """Warns the user, at a line of the user's own code.
 
     Args:
         message: What is probably a mistake, and what to do about it.
+        at: The line; by default the one that led here.
 
     Warns:
         TamegradWarning: As the filters of `warnings` say; by default once a line of the user's code.
@@ -167,9 +200,5 @@ def warn(message: str) -> None:
         >>> caught[0].category.__name__, str(caught[0].message)
         ('TamegradWarning', 'nothing to normalize: call loss.backward() first')
     """
-    stack = traceback.walk_stack(sys._getframe(1))  # noqa: SLF001
-    # Only names are kept: a frame would keep all its variables in memory.
-    owners = [str(frame.f_globals.get("__name__")).partition(".")[0] for frame, _ in stack]
-    innermost = next((level for level, owner in enumerate(owners) if owner not in _LIBRARIES), len(owners) - 1)
-    # Level 1 is this function, level 2 its caller.
-    warnings.warn(message, TamegradWarning, stacklevel=innermost + 2)
+    line = users_line() if at is None else at
+    warnings.warn_explicit(message, TamegradWarning, line.file, line.number, registry=_warned)
