@@ -103,7 +103,11 @@ def test_finite_gradients(backend: Any, gradients: Tensors, strategy: object) ->
 
 
 @pytest.mark.parametrize("backend", QUICK_BACKENDS)
-@given(gradients=models(nonfinite=True), strategy=STRATEGIES, on_nonfinite=st.sampled_from(("keep", "zero", "skip_group", "skip")))
+@given(
+    gradients=models(nonfinite=True),
+    strategy=STRATEGIES,
+    on_nonfinite=st.sampled_from(("keep", "zero", "skip_group", "skip")),
+)
 def test_gradients_that_may_be_nonfinite(
     backend: Any, gradients: Tensors, strategy: object, on_nonfinite: OnNonfinite
 ) -> None:

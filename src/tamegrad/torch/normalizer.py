@@ -1,22 +1,22 @@
 """`GradientNormalizer`: normalizes the gradients of a model in place, whenever it is called."""
 
-import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Unpack
 
 from torch import Tensor, nn
 
 from tamegrad.decide import Decision
-from tamegrad.errors import SettingError, TamegradWarning
+from tamegrad.errors import SettingError, warn
 from tamegrad.groups import Plan
+from tamegrad.policy import Policy
 from tamegrad.report import Report
 from tamegrad.strategies import GradientNormalization
 from tamegrad.torch.backends import SelectedBackend
 from tamegrad.torch.gradients import Gradients
-from tamegrad.torch.model.planning import Model, Planner
+from tamegrad.torch.model.planning import Model, PlannedModel, Planner
 from tamegrad.torch.model.selection import Selection
-from tamegrad.torch.settings import Keywords, Settings
+from tamegrad.torch.settings import Keywords, Settings, checked_state
 from tamegrad.torch.step import Step
 
 __all__ = ["GradientNormalizer", "normalize_grad_"]
@@ -37,8 +37,9 @@ class GradientNormalizer:
             layers: Globs on module paths: each module that matches is one layer with all below it.
 
             on_nonfinite: What happens to a group with NaN or infinity. `"keep"` (the default) leaves it as it is,
-            `"zero"` makes it zero, and other groups are normalized as ever; `"skip"` leaves all groups as they are,
-            `"raise"` raises. The last two read the device once a step.
+            `"zero"` makes it zero, and other groups are normalized as ever; `"skip_group"` sets its gradients to None
+            as well, so that the optimizer's next step leaves it out; `"skip"` leaves all groups as they are, `"raise"`
+            raises. The last three read the device once a step.
 
             backend: `"auto"` (the default), which picks by the devices of the parameters; or the backend to use:
             `"cpu"`, `"foreach"`, or `"gpu"`, which was checked in Triton's interpreter but has not run on a GPU yet.
@@ -56,6 +57,7 @@ class GradientNormalizer:
     Attributes:
         settings: What was set.
         report: What the last step did; None before the first.
+        steps: How many times gradients were normalized so far, skipped steps included.
         skipped_steps: How many steps were skipped so far because of non-finite gradients.
 
     Raises:
@@ -87,12 +89,28 @@ class GradientNormalizer:
     ) -> None:
         self.settings = Settings.of(policy, **settings)
         self.report: Report[Tensor] | None = None
+        self.steps = 0
         self.skipped_steps = 0
         self._warned_no_gradient = False
         self._nonfinite_before: Counter[str] = Counter()
         self._planner = Planner(model, self.settings, Selection.of(parameters))
-        self._planned = self._planner.first_plan()
+        self._planned = self._planner.first_plan(self.settings.policy)
         self._step = Step(self._planned, self.settings)
+
+    @property
+    def policy(self) -> Policy:
+        """Which layer gets which strategy. Assign a policy or a strategy to change it; counters and report stay.
+
+        Raises:
+            SettingError: If what is assigned is neither; then nothing changes.
+            UnmatchedError: If an override matches nothing; then nothing changes.
+        """
+        return self.settings.policy
+
+    @policy.setter
+    def policy(self, policy: object) -> None:
+        settings = self.settings.with_policy(policy)
+        self._replan(self._planner.first_plan(settings.policy), settings)
 
     @property
     def plan(self) -> Plan:
@@ -129,12 +147,47 @@ class GradientNormalizer:
         Warns:
             TamegradWarning: Once, if no parameter has a gradient.
         """
-        return self._normalize()
+        report = self._normalize()
+        if self.settings.on_nonfinite == "skip_group":
+            for parameter in self._step.left_out(report):
+                parameter.grad = None
+        return report
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the counters, for a checkpoint; `torch.load(..., weights_only=True)` loads it. Reads the device."""
+        return {
+            "steps": self.steps,
+            "skipped_steps": self.skipped_steps,
+            "nonfinite_steps": self.nonfinite_steps,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues the counters of a checkpoint.
+
+        Args:
+            state: What `state_dict` returned.
+
+        Raises:
+            SettingError: If it is something else; then nothing changes.
+
+        Example:
+            >>> import torch
+            >>> from tamegrad import Clip
+            >>> normalizer = GradientNormalizer(torch.nn.Linear(2, 1), Clip(1.0))
+            >>> normalizer.load_state_dict({"steps": 7, "skipped_steps": 1, "nonfinite_steps": {"(root)": 1}})
+            >>> normalizer.steps, normalizer.nonfinite_steps
+            (7, {'(root)': 1})
+        """
+        counters = checked_state(state)
+        self.steps, self.skipped_steps = counters["steps"], counters["skipped_steps"]
+        self._nonfinite_before = Counter(counters["nonfinite_steps"])
+        self._step.nonfinite_steps.zero_()
 
     def _normalize(self, loss_scale: Tensor | None = None, *, scaler_skips: bool = False) -> Report[Tensor]:
         """The four steps; gradients that are multiplied by a loss scale are treated as if they were not."""
         if self._planner.is_stale(self._planned):
-            self._plan_anew()
+            # If the ranks do not agree, this raises, and the plan that was made before stays whole.
+            self._replan(self._planner.new_plan(self.settings.policy), self.settings)
         step = self._step
         gradients = step.collect()
         self._warn_without_gradients(gradients)
@@ -145,18 +198,18 @@ class GradientNormalizer:
             self.skipped_steps += 1
         else:
             self._apply(step, gradients, decision)
+        self.steps += 1
         self.report = step.report(decision, skipped=stopped)
         return self.report
 
     def _apply(self, step: Step, gradients: Gradients, decision: Decision[Any]) -> None:
         step.apply_(gradients, decision)
 
-    def _plan_anew(self) -> None:
-        # If the ranks do not agree, the step that was made before stays whole.
-        planned = self._planner.new_plan()
-        step = Step(planned, self.settings)
+    def _replan(self, planned: PlannedModel, settings: Settings) -> None:
+        # If this raises, the step that was made before stays whole.
+        step = Step(planned, settings)
         self._nonfinite_before += self._nonfinite_since()
-        self._planned, self._step = planned, step
+        self._planned, self._step, self.settings = planned, step, settings
 
     def _nonfinite_since(self) -> Counter[str]:
         """Returns in how many steps each group was not finite since the plan was made."""
@@ -170,11 +223,9 @@ class GradientNormalizer:
             and not any(values is not None for values in gradients.values)
         ):
             self._warned_no_gradient = True
-            warnings.warn(
+            warn(
                 f"nothing to normalize: none of {len(self._step.parameters)} parameters has a gradient in this step; "
-                "call loss.backward() first, on the model that was given (tamegrad warns once)",
-                TamegradWarning,
-                stacklevel=2,
+                "call loss.backward() first, on the model that was given (tamegrad warns once)"
             )
 
 

@@ -1,10 +1,10 @@
 """What a user sets, checked once and passed on as one value."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
 
-from tamegrad.errors import closest, quoted
+from tamegrad.errors import SettingError, closest, quoted
 from tamegrad.policy import Overrides, Policy, as_policy
 from tamegrad.strategies import OnNonfinite, check_on_nonfinite
 from tamegrad.torch.sharded.distributed import check_process_groups
@@ -12,7 +12,7 @@ from tamegrad.torch.sharded.distributed import check_process_groups
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["BackendName", "Keywords", "Settings"]
+__all__ = ["BackendName", "Keywords", "Settings", "checked_state"]
 
 BackendName: TypeAlias = Literal["auto", "cpu", "gpu", "foreach"]
 
@@ -58,7 +58,40 @@ class Settings:
             )
         return cls(as_policy(policy, overrides, "policy"), **others)
 
+    def with_policy(self, policy: object) -> "Settings":
+        """Returns the same settings with another policy, or a strategy.
+
+        Raises:
+            SettingError: If `policy` is neither.
+        """
+        return replace(self, policy=as_policy(policy, None, "policy"))
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", self.layers or ())
         check_on_nonfinite(self.on_nonfinite)
         check_process_groups(self.process_groups)
+
+
+def checked_state(state: object) -> Mapping[str, Any]:
+    """Refuses anything but the counters that a normalizer's `state_dict` returns.
+
+    Args:
+        state: What the user passed.
+
+    Returns:
+        The same.
+
+    Raises:
+        SettingError: If a counter is missing, unknown or no count.
+    """
+    given: Mapping[Any, Any] = state if isinstance(state, Mapping) else {}
+    match given:
+        case {"steps": int(), "skipped_steps": int(), "nonfinite_steps": dict(counts), **others} if not others:
+            if all(isinstance(name, str) and isinstance(count, int) for name, count in counts.items()):
+                return given
+    raise SettingError(
+        "load_state_dict(state)",
+        got=f"a {type(state).__name__} with the keys {quoted(given)}",
+        allowed='what state_dict() of a normalizer returned: "steps", "skipped_steps" and "nonfinite_steps"',
+        advice="pass the entry of the checkpoint in which you saved it",
+    )

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import nn
 
 from tamegrad.errors import UnmatchedError
 from tamegrad.groups import Plan, make_plan, unmatched_overrides
+from tamegrad.policy import Policy
 from tamegrad.torch.model.layers import ModelLayers, check_patterns, find_layers
 from tamegrad.torch.model.pairs import read_pairs
 from tamegrad.torch.model.selection import Selection
@@ -46,35 +47,40 @@ class Planner:
 
     Args:
         model: The model, or pairs of a name and a parameter.
-        settings: What the user set.
+        settings: What the user set; the policy is passed each time, since it may change.
         selection: Which parameters are planned for.
 
     Raises:
-        SettingError: If `model` is neither of the two, or FSDP1 or DeepSpeed has its gradients.
+        SettingError: If `model` is neither of the two.
     """
 
     def __init__(self, model: Model, settings: Settings, selection: Selection) -> None:
-        self._settings = settings
+        self._merged = settings.layers
+        self._process_groups = settings.process_groups
         self._selection = selection
-        self._module = model if isinstance(model, nn.Module) else None
-        read: Any = read_pairs if self._module is None else find_layers
-        self._layers: ModelLayers = read(model, settings.layers)
-        refuse_unsupported(model, self._layers)
+        self._model: nn.Module | ModelLayers = (
+            model if isinstance(model, nn.Module) else read_pairs(model, settings.layers)
+        )
 
-    def first_plan(self) -> PlannedModel:
-        """Makes the first plan, in which every pattern must match something.
+    def first_plan(self, policy: Policy) -> PlannedModel:
+        """Makes the first plan of a policy, in which every pattern must match something.
 
         Raises:
-            SettingError: If there is no parameter to plan for, or the plans of the ranks differ.
+            SettingError: If there is no parameter to plan for, the plans of the ranks differ, or FSDP1 or DeepSpeed has
+                the gradients.
             UnmatchedError: If an override or a pattern of merged layers matches nothing.
         """
-        return self._plan(first=True)
+        return self._plan(policy, first=True)
 
-    def new_plan(self) -> PlannedModel:
+    def new_plan(self, policy: Policy) -> PlannedModel:
         """Makes the plan of the model as it is now; patterns that no longer match are no error."""
-        if self._module is not None:
-            self._layers = find_layers(self._module, self._settings.layers)
-        return self._plan(first=False)
+        return self._plan(policy, first=False)
+
+    def layers(self) -> ModelLayers:
+        """Returns the layers of the model as it is now, whatever is selected."""
+        if isinstance(self._model, ModelLayers):
+            return self._model
+        return find_layers(self._model, self._merged)
 
     def is_stale(self, planned: PlannedModel) -> bool:
         """Returns whether a plan made now could differ."""
@@ -82,18 +88,19 @@ class Planner:
         moved = planned.parameters[0].device != planned.device
         return moved or self._selection.changed() or planned.watch.changed()
 
-    def _plan(self, *, first: bool) -> PlannedModel:
-        selected = self._selection.apply(self._layers)
+    def _plan(self, policy: Policy, *, first: bool) -> PlannedModel:
+        layers = self.layers()
+        refuse_unsupported(self._model, layers)
+        selected = self._selection.apply(layers)
 
         def make() -> tuple[Plan, dict[str, UnmatchedError]]:
             if first:
-                check_patterns(self._settings.layers, self._layers.paths)
-            unmatched = unmatched_overrides(self._layers.layers, self._settings.policy) if first else {}
-            return make_plan(selected.layers, self._settings.policy), unmatched
+                check_patterns(self._merged, layers.paths)
+            return make_plan(selected.layers, policy), unmatched_overrides(layers.layers, policy) if first else {}
 
         parameters = tuple(selected.parameters)
-        reduction = Reduction(parameters, self._settings.process_groups)
+        reduction = Reduction(parameters, self._process_groups)
         plan = reduction.agree(make)
         # Pairs of names and parameters have no modules, and so none that change.
-        watch = ModuleWatch(nn.Module() if self._module is None else self._module)
+        watch = ModuleWatch(self._model if isinstance(self._model, nn.Module) else nn.Module())
         return PlannedModel(plan, parameters, reduction, parameters[0].device, watch)
