@@ -27,6 +27,7 @@ ROOMS = [
     "tamegrad.torch.backends",
     "tamegrad.torch.step",
     "tamegrad.torch.normalizer",
+    "tamegrad.torch.optimizers",
     "tamegrad.torch.attach",
     "tamegrad.torch",
     "tamegrad.terminal",

@@ -188,8 +188,12 @@ def test_refuses_an_optimizer_of_another_model() -> None:
 
 
 def test_refuses_anything_but_an_optimizer() -> None:
-    with pytest.raises(SettingError, match=r"^attach\(optimizer\): got a list; allowed: a torch.optim.Optimizer"):
-        attach(a_model(), [], Clip(1.0))  # type: ignore[arg-type]
+    with pytest.raises(
+        SettingError, match=r"^attach\(optimizer\): got a Sequential; allowed: an optimizer"
+    ):
+        attach(a_model(), a_model(), Clip(1.0))
+    with pytest.raises(SettingError, match=r"^attach\(optimizer\): got an empty list"):
+        attach(a_model(), [], Clip(1.0))
 
 
 def test_a_refused_attach_leaves_no_hook() -> None:

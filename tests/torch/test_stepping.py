@@ -214,7 +214,7 @@ def test_a_subclass_that_calls_its_base_is_normalized_once(*, use_closure: bool)
     model = a_model()
     torch.optim.SGD(model.parameters(), lr=0.1)  # once the base class has an instance, its step calls hooks too
     optimizer = Decaying(model.parameters(), lr=0.1)
-    attach(model, optimizer, Clip(0.5, per="model"))
+    attach(model, optimizer, Clip(0.5, per="model"), normalize="outermost")
     loss_of(model).backward()
     before = [parameter.detach().clone() for parameter in model.parameters()]
     if use_closure:
@@ -254,13 +254,14 @@ def test_every_evaluation_of_lbfgs_sees_normalized_gradients(search: str | None)
     optimizer: Any = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=4, line_search_fn=search)
     reports = []
     normalizer = attach(model, optimizer, Renormalize(per="model"))
-    before = normalizer._normalize_for_step
+    by_hand = normalizer._normalizer
+    before = by_hand._normalize
 
-    def counted() -> None:
-        before()
-        reports.append(normalizer.report)
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        reports.append(before(*args, **kwargs))
+        return reports[-1]
 
-    normalizer._normalize_for_step = counted  # type: ignore[method-assign]
+    by_hand._normalize = counted  # type: ignore[method-assign]
     evaluations = 0
 
     def closure() -> Any:

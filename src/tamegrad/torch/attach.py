@@ -1,33 +1,37 @@
 """Normalizes right before an optimizer's step, whatever calls it."""
 
-import operator
-import sys
-import warnings
-from types import FrameType
+from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
 from weakref import WeakSet
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.optim import LBFGS, Optimizer
 
-from tamegrad.errors import NonFiniteGradientError, SettingError, TamegradWarning
+from tamegrad.errors import SettingError, users_line, warn
 from tamegrad.groups import Plan
+from tamegrad.policy import Policy
 from tamegrad.report import Report
 from tamegrad.torch.backends import SelectedBackend
-from tamegrad.torch.model.layers import ModelLayers
 from tamegrad.torch.model.planning import Model
-from tamegrad.torch.model.selection import Selection
-from tamegrad.torch.model.unsupported import refuse_deepspeed
 from tamegrad.torch.normalizer import GradientNormalizer
+from tamegrad.torch.optimizers.held import HeldParameters
+from tamegrad.torch.optimizers.hooks import StepHooks
+from tamegrad.torch.optimizers.stepping import NormalizedStep, check_normalized_step
+from tamegrad.torch.optimizers.wrappers import optimizers_inside, optimizers_to_attach_to
 from tamegrad.torch.settings import Keywords
 
 __all__ = ["AttachedNormalizer", "attach"]
 
+# Optimizers that have a normalizer; a second one would normalize the same gradients twice.
+_attached: WeakSet[Optimizer] = WeakSet()
+
 
 def attach(
     model: Model,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer | Sequence[Optimizer],
     policy: object,
+    *,
+    normalize: NormalizedStep | None = None,
     **settings: Unpack[Keywords],
 ) -> "AttachedNormalizer":
     """Normalizes gradients before every step of an optimizer from now on.
@@ -35,26 +39,38 @@ def attach(
     With `optimizer.step(closure)`, the gradients of each evaluation of the closure are normalized. Only the parameters
     that the optimizer holds are normalized, so two optimizers of one model can have two policies. Under
     `torch.amp.GradScaler`, strategies apply to the gradients without the loss scale, whether or not `unscale_` was
-    called. A copy of the optimizer (`copy.deepcopy`, pickle) is not attached.
+    called. Of Accelerate's, Lightning's and Fabric's wrappers and of `PostLocalSGDOptimizer` it attaches to the
+    optimizer inside. An optimizer that holds another one for the same parameters, like `SAM`, is attached to with it.
+
+    A copy (`copy.deepcopy`, pickle) of the optimizer is not attached, nor is one of the normalizer, which says so.
 
     Args:
         model: The model, or pairs of a name and a parameter.
-        optimizer: Any optimizer of `torch.optim`, or a subclass of `torch.optim.Optimizer`.
+        optimizer: Any optimizer of `torch.optim`, or a subclass that runs its step hooks. Or a list of optimizers that
+            share out the parameters of a layer: then all gradients are normalized at the first optimizer's step, so
+            `backward()` has to come before all of the steps, and every optimizer has to step equally often. With
+            `torch.amp.GradScaler`, call `unscale_` for each of them before the first step.
         policy: A `Policy`, a strategy, or a member of `GradientNormalization` (threshold 1.0).
+        normalize: For an optimizer whose step changes the gradients and then calls another step (`super().step()`, or
+            that of an optimizer inside): `"outermost"` normalizes before the change, `"innermost"` after it. If not
+            given, the outermost, with a warning where it makes a difference.
         **settings: As in `GradientNormalizer`. `on_nonfinite="skip"` here skips the optimizer's step: neither
-            parameters nor the optimizer's state change. `LBFGS` cannot skip a step.
+            parameters nor the optimizer's state change; `"skip_group"` does so for the parameters of non-finite groups
+            only. `LBFGS` cannot skip a step.
 
     Returns:
         The attached normalizer: `report` is of the last step; call `detach()` to remove it.
 
     Raises:
         SettingError: If a setting is unknown, the optimizer holds no parameter of the model or has a normalizer
-            already, `"skip"` meets `LBFGS`, or as `GradientNormalizer` does.
+            already, its step does not run PyTorch's step hooks (the message says what to attach to instead), skipping
+            meets `LBFGS`, or as `GradientNormalizer` does.
         UnmatchedError: If an override or a pattern of `layers` matches nothing; the message names the closest.
 
     Warns:
-        TamegradWarning: Once each, if the optimizer holds parameters that no layer of the model owns, and at a step
-            without any gradient.
+        TamegradWarning: If the optimizer holds parameters that no layer of the model owns, or only a part of those that
+            share a norm; once each, at a step without any gradient, if the step changes the gradients itself, and if
+            parameters keep changing without a step of this optimizer.
 
     Example:
         >>> import torch
@@ -68,41 +84,61 @@ def attach(
         True
         >>> normalizer.detach()
     """
-    _check(optimizer)
-    normalizer = GradientNormalizer(model, policy, parameters=_HeldParameters(optimizer), **settings)
-    if normalizer.settings.on_nonfinite == "skip" and isinstance(optimizer, torch.optim.LBFGS):
+    optimizers = optimizers_to_attach_to(optimizer)
+    check_normalized_step(normalize)
+    _refuse_attached(optimizers)
+    normalizer = GradientNormalizer(model, policy, parameters=HeldParameters(optimizers), **settings)
+    if normalizer.settings.on_nonfinite in {"skip", "skip_group"} and any(isinstance(one, LBFGS) for one in optimizers):
         raise SettingError(
             "attach(on_nonfinite)",
-            got='"skip" with LBFGS, whose step changes its state whatever the gradients are',
+            got=f'"{normalizer.settings.on_nonfinite}" with LBFGS, whose step changes its state in any case',
             allowed='"keep", "zero" or "raise" with LBFGS',
             advice='pass on_nonfinite="zero" or "raise"',
         )
-    return AttachedNormalizer(normalizer, optimizer)
+    return AttachedNormalizer(normalizer, StepHooks(normalizer, optimizers, normalize, users_line()))
 
 
 class AttachedNormalizer:
-    """A `GradientNormalizer` that an optimizer calls; `attach` makes it.
+    """A `GradientNormalizer` that optimizers call; `attach` makes it.
 
     Args:
         normalizer: The normalizer.
-        optimizer: The optimizer.
+        hooks: The optimizers' hooks that call it.
     """
 
-    def __init__(self, normalizer: GradientNormalizer, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, normalizer: GradientNormalizer, hooks: StepHooks) -> None:
         self._normalizer = normalizer
-        self._optimizer = optimizer
-        self._hidden: list[tuple[nn.Parameter, Tensor]] = []
-        self._outermost: FrameType | None = None
-        self._hooks = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
-        _attached.add(optimizer)
+        self._hooks: StepHooks | None = hooks
+        self._report: Report[Tensor] | None = None
+        self._steps_before = 0
+        _attached.update(hooks.optimizers)
+
+    @property
+    def attached(self) -> bool:
+        """Whether an optimizer calls this normalizer: not after `detach`, and not in a copy."""
+        return self._hooks is not None
 
     @property
     def report(self) -> Report[Tensor] | None:
         """What the last step did; None before the first."""
-        return self._normalizer.report
+        if self._hooks is None:
+            return self._report
+        self._hooks.watch.look()
+        return self._hooks.report
+
+    @property
+    def steps(self) -> int:
+        """How many steps were seen so far, skipped ones included; of several optimizers, how many steps of each."""
+        return self._steps_before + (0 if self._hooks is None else self._hooks.steps)
+
+    @property
+    def policy(self) -> Policy:
+        """Which layer gets which strategy; assign another to change it, as in `GradientNormalizer`."""
+        return self._normalizer.policy
+
+    @policy.setter
+    def policy(self, policy: object) -> None:
+        self._normalizer.policy = policy
 
     @property
     def plan(self) -> Plan:
@@ -124,145 +160,55 @@ class AttachedNormalizer:
         """As in `GradientNormalizer`."""
         return self._normalizer.nonfinite_steps
 
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the counters, for a checkpoint; `torch.load(..., weights_only=True)` loads it. Reads the device."""
+        return {**self._normalizer.state_dict(), "steps": self.steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues the counters of a checkpoint.
+
+        Args:
+            state: What `state_dict` returned.
+
+        Raises:
+            SettingError: If it is something else; then nothing changes.
+        """
+        self._normalizer.load_state_dict(state)
+        self._steps_before += state["steps"] - self.steps
+
     def detach(self) -> None:
         """Removes the normalizer from the optimizer; its report stays. Detaching twice is not an error."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-        _attached.discard(self._optimizer)
+        if self._hooks is None:
+            return
+        self._hooks.remove()
+        for optimizer in self._hooks.optimizers:
+            _attached.discard(optimizer)
+        self._report, self._steps_before, self._hooks = self._hooks.report, self.steps, None
 
-    def _before_step(
-        self, _: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        # A flag would stay set when a step raises; the stack shows whether this step is inside another one.
-        caller = sys._getframe(1)  # noqa: SLF001
-        if self._outermost is not None and _is_inside(caller, self._outermost):
-            # A subclass called super().step(): its gradients are normalized already.
-            return None
-        self._outermost = caller
-        # Gradients hidden by a step that raised are not restored: by now they may be of another batch.
-        self._hidden.clear()
-        # args[0] is the optimizer. With a closure the gradients do not exist yet.
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if closure is None:
-            self._normalize_for_step()
-            return None
+    def __repr__(self) -> str:
+        names = [] if self._hooks is None else [type(optimizer).__name__ for optimizer in self._hooks.optimizers]
+        state = f"attached to {' and '.join(names)}" if names else "detached"
+        return f"<AttachedNormalizer: {state}, {self.steps} steps, {self.policy}>"
 
-        def normalized() -> object:
-            loss = closure()
-            self._normalize_for_step()
-            return loss
+    def __getstate__(self) -> dict[str, object]:
+        report = None if self._hooks is None else self._hooks.report
+        return {**vars(self), "_hooks": None, "_report": report or self._report, "_steps_before": self.steps}
 
-        if "closure" in kwargs:
-            return args, {**kwargs, "closure": normalized}
-        return (args[0], normalized, *args[2:]), kwargs
-
-    def _after_step(self, *_: object) -> None:
-        if self._outermost is sys._getframe(1):  # noqa: SLF001  an inner step is not the end
-            self._outermost = None
-            self._show()
-
-    def _normalize_for_step(self) -> None:
-        # torch.amp.GradScaler leaves it to a fused optimizer to divide by the loss scale and to skip on infinity.
-        loss_scale = getattr(self._optimizer, "grad_scale", None)
-        found_inf = getattr(self._optimizer, "found_inf", None)
-        scaler_skips = (
-            found_inf is not None and self._normalizer.settings.on_nonfinite in {"skip", "raise"} and bool(found_inf)
-        )
-        try:
-            report = self._normalizer._normalize(loss_scale, scaler_skips=scaler_skips)  # noqa: SLF001
-        except NonFiniteGradientError:
-            # The scaler removes its attributes after the step, which it no longer reaches.
-            for name in ("grad_scale", "found_inf"):
-                if hasattr(self._optimizer, name):
-                    delattr(self._optimizer, name)
-            raise
-        if report.skipped:
-            self._hide()
-
-    def _hide(self) -> None:
-        """Hides the gradients: a hook cannot cancel a step, but no optimizer touches a parameter without a gradient."""
-        for parameter in _held_by(self._optimizer):
-            if parameter.grad is not None:
-                self._hidden.append((parameter, parameter.grad))
-                parameter.grad = None
-
-    def _show(self) -> None:
-        for parameter, gradient in self._hidden:
-            parameter.grad = gradient
-        self._hidden.clear()
-
-
-# Optimizers that have a normalizer; a second one would normalize the same gradients twice.
-_attached: WeakSet[torch.optim.Optimizer] = WeakSet()
-
-
-def _check(optimizer: torch.optim.Optimizer) -> None:
-    """Refuses optimizers that cannot be attached to."""
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise SettingError(
-            "attach(optimizer)",
-            got=f"a {type(optimizer).__name__}",
-            allowed="a torch.optim.Optimizer",
-            advice="pass the optimizer itself, or call GradientNormalizer.normalize_ before its step",
-        )
-    refuse_deepspeed("attach(optimizer)", optimizer)
-    if optimizer in _attached:
-        raise SettingError(
-            "attach(optimizer)",
-            got=f"a {type(optimizer).__name__} that has a normalizer already",
-            allowed="one normalizer an optimizer",
-            advice="detach() the first one, or put both strategies into one policy: overrides={...}",
+    def __setstate__(self, state: dict[str, object]) -> None:
+        vars(self).update(state)
+        warn(
+            "a copy of an attached normalizer is detached: gradients of the copied model are not normalized; call "
+            "attach() with the copied model and optimizer"
         )
 
 
-class _HeldParameters(Selection):
-    """The parameters that an optimizer holds.
-
-    Args:
-        optimizer: The optimizer.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self._optimizer = optimizer
-        self._held: list[nn.Parameter] = []
-        self._unowned = 0
-
-    def apply(self, layers: ModelLayers) -> ModelLayers:
-        """Returns the layers with what the optimizer holds now."""
-        self._held = _held_by(self._optimizer)
-        selected = layers.restricted_to(self._held)
-        if layers.parameters and not selected.parameters:
+def _refuse_attached(optimizers: Sequence[Optimizer]) -> None:
+    """Refuses optimizers that have a normalizer already."""
+    for optimizer in optimizers:
+        if any(one in _attached for one in (optimizer, *optimizers_inside(optimizer))):
             raise SettingError(
-                "attach(model, optimizer)",
-                got="an optimizer that holds no parameter of this model",
-                allowed="an optimizer of some of the model's parameters",
-                advice="make the optimizer from model.parameters(), after the model was moved or wrapped",
+                "attach(optimizer)",
+                got=f"a {type(optimizer).__name__} that has a normalizer already",
+                allowed="one normalizer an optimizer",
+                advice="detach() the first one, or put both strategies into one policy: overrides={...}",
             )
-        unowned = len({id(parameter) for parameter in self._held}) - len(selected.parameters)
-        if unowned > self._unowned:
-            warnings.warn(
-                f"{unowned} of the optimizer's {len(self._held)} parameters belong to no layer of the model; their "
-                "gradients are left as they are (tamegrad warns once)",
-                TamegradWarning,
-                stacklevel=2,
-            )
-        self._unowned = unowned
-        return selected
-
-    def changed(self) -> bool:
-        """Returns whether the optimizer holds other parameters than last time."""
-        held = _held_by(self._optimizer)
-        return len(held) != len(self._held) or not all(map(operator.is_, held, self._held))
-
-
-def _held_by(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _is_inside(frame: FrameType, outer: FrameType) -> bool:
-    """Returns whether a call was made, directly or not, by another one that is still running."""
-    above: FrameType | None = frame
-    while above is not None and above is not outer:
-        above = above.f_back
-    return above is outer

@@ -148,9 +148,8 @@ class GradientNormalizer:
             TamegradWarning: Once, if no parameter has a gradient.
         """
         report = self._normalize()
-        if self.settings.on_nonfinite == "skip_group":
-            for parameter in self._step.left_out(report):
-                parameter.grad = None
+        for parameter in self._left_out(report):
+            parameter.grad = None
         return report
 
     def state_dict(self) -> dict[str, Any]:
@@ -201,6 +200,10 @@ class GradientNormalizer:
         self.steps += 1
         self.report = step.report(decision, skipped=stopped)
         return self.report
+
+    def _left_out(self, report: Report[Tensor]) -> list[nn.Parameter]:
+        """Returns the parameters that the optimizer must leave out of a step that it takes; may read the device."""
+        return self._step.left_out(report)
 
     def _apply(self, step: Step, gradients: Gradients, decision: Decision[Any]) -> None:
         step.apply_(gradients, decision)

@@ -112,10 +112,8 @@ class Step:
             report: The report of the step.
 
         Returns:
-            All parameters if the step is skipped; those of non-finite groups under `on_nonfinite="skip_group"`.
+            Those of non-finite groups under `on_nonfinite="skip_group"`, else none.
         """
-        if report.skipped:
-            return list(self.parameters)
         if self._on_nonfinite != "skip_group":
             return []
         groups = zip(self.plan.groups, report.nonfinite.tolist(), strict=True)

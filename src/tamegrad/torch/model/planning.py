@@ -101,6 +101,8 @@ class Planner:
         parameters = tuple(selected.parameters)
         reduction = Reduction(parameters, self._process_groups)
         plan = reduction.agree(make)
+        if first:
+            self._selection.check(plan, layers, policy)
         # Pairs of names and parameters have no modules, and so none that change.
         watch = ModuleWatch(self._model if isinstance(self._model, nn.Module) else nn.Module())
         return PlannedModel(plan, parameters, reduction, parameters[0].device, watch)

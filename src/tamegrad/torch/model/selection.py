@@ -4,6 +4,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from tamegrad.groups import Plan
+from tamegrad.policy import Policy
 from tamegrad.torch.model.layers import ModelLayers
 
 __all__ = ["Selection"]
@@ -22,6 +24,15 @@ class Selection:
     def apply(self, layers: ModelLayers) -> ModelLayers:
         """Returns the layers with the selected parameters only."""
         return layers
+
+    def check(self, plan: Plan, layers: ModelLayers, policy: Policy) -> None:
+        """Looks at a first plan of the selected parameters.
+
+        Args:
+            plan: The plan.
+            layers: All layers of the model.
+            policy: The policy.
+        """
 
     def changed(self) -> bool:
         """Returns whether `apply` would select other parameters now than last time."""

@@ -1,0 +1,136 @@
+"""What happens around a step: its closure, the steps inside it, and whether gradients changed in between."""
+
+import operator
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, Literal, TypeAlias, get_args
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from tamegrad.errors import SettingError, quoted
+
+__all__ = ["NormalizedStep", "Snapshot", "StepCall", "check_normalized_step", "steps_around"]
+
+NormalizedStep: TypeAlias = Literal["outermost", "innermost"]
+Closure: TypeAlias = Callable[[], object]
+
+_OPTIMIZER_FILE = sys.modules[Optimizer.__module__].__file__
+
+
+@dataclass(frozen=True, slots=True)
+class StepCall:
+    """The arguments of one call of `step`.
+
+    Args:
+        args: The positional ones, the optimizer first.
+        kwargs: The others.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def closure(self) -> Closure | None:
+        """The closure that makes the gradients, if there is one; a loss, which some optimizers take, is none.
+
+        Raises:
+            SettingError: If the gradients are made by callables that cannot be told apart.
+        """
+        given = [value for value in self.args[1:] if callable(value)]
+        others = [name for name, value in self.kwargs.items() if name != "closure" and callable(value)]
+        if len(given) > 1 or others:
+            raise SettingError(
+                f"{type(self.args[0]).__name__}.step",
+                got=f"the callables {quoted(others)}" if others else f"{len(given)} callables",
+                allowed="a closure, or none: tamegrad cannot see which callable makes the gradients",
+                advice="detach() the normalizer, and call GradientNormalizer.normalize_() in the callable that does",
+            )
+        closure: Closure | None = given[0] if given else self.kwargs.get("closure")
+        return closure
+
+    def with_closure(self, closure: Closure) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Returns the arguments with another closure in its place."""
+        if "closure" in self.kwargs:
+            return self.args, {**self.kwargs, "closure": closure}
+        optimizer, *others = self.args
+        return (optimizer, *(closure if callable(value) else value for value in others)), self.kwargs
+
+    @property
+    def may_only_initialize(self) -> bool:
+        """Whether this may be the step by which `torch.distributed.checkpoint` creates an optimizer's state.
+
+        Its learning rates are 0, in host memory, and so are its gradients.
+        """
+        optimizer: Optimizer = self.args[0]
+        rates = [group.get("lr", 0.0) for group in optimizer.param_groups]
+        return not optimizer.state and all(rate == 0 for rate in rates if not isinstance(rate, Tensor) or rate.is_cpu)
+
+
+def check_normalized_step(value: object) -> None:
+    """Refuses an unknown `normalize`.
+
+    Raises:
+        SettingError: If it is neither None nor one of `NormalizedStep`.
+    """
+    if value is not None and value not in get_args(NormalizedStep):
+        raise SettingError(
+            "attach(normalize)",
+            got=repr(value),
+            allowed=f"{quoted(get_args(NormalizedStep))}, or None",
+            advice="leave it out unless the optimizer's step changes gradients and calls another step",
+        )
+
+
+class Snapshot:
+    """Which gradients some parameters have, to notice later whether they changed.
+
+    It keeps no gradient alive.
+
+    Args:
+        parameters: The parameters.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self._seen = {parameter: _state_of(parameter.grad) for parameter in parameters}
+
+    def changed(self, parameters: Iterable[nn.Parameter]) -> bool:
+        """Returns whether some of the parameters have other gradients now, or other values in them."""
+        return any(
+            parameter in self._seen and not _is_same(self._seen[parameter], parameter.grad) for parameter in parameters
+        )
+
+
+def _state_of(gradient: Tensor | None) -> tuple[weakref.ref[Tensor], int] | None:
+    return None if gradient is None else (weakref.ref(gradient), _version(gradient))
+
+
+def _is_same(seen: tuple[weakref.ref[Tensor], int] | None, gradient: Tensor | None) -> bool:
+    if seen is None or gradient is None:
+        return seen is None and gradient is None
+    tensor, version = seen
+    return tensor() is gradient and version == _version(gradient)
+
+
+def _version(tensor: Tensor) -> int:
+    # Inference tensors have no version.
+    return -1 if tensor.is_inference() else operator.attrgetter("_version")(tensor)
+
+
+def steps_around(optimizers: Sequence[Optimizer]) -> int:
+    """Returns how many steps of some optimizers are running around the one that called this hook.
+
+    The stack is the only witness that cannot be wrong: a counter stays up when a step raises.
+    """
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001
+    running = 0
+    while frame is not None:
+        code = frame.f_code
+        # The function that PyTorch wraps around `step`; torch.compile gives the rest of it another name.
+        if code.co_filename == _OPTIMIZER_FILE and "wrapper" in code.co_name:
+            running += any(frame.f_locals.get("self") is optimizer for optimizer in optimizers)
+        frame = frame.f_back
+    return max(running - 1, 0)
