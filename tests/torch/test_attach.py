@@ -188,9 +188,7 @@ def test_refuses_an_optimizer_of_another_model() -> None:
 
 
 def test_refuses_anything_but_an_optimizer() -> None:
-    with pytest.raises(
-        SettingError, match=r"^attach\(optimizer\): got a Sequential; allowed: an optimizer"
-    ):
+    with pytest.raises(SettingError, match=r"^attach\(optimizer\): got a Sequential; allowed: an optimizer"):
         attach(a_model(), a_model(), Clip(1.0))
     with pytest.raises(SettingError, match=r"^attach\(optimizer\): got an empty list"):
         attach(a_model(), [], Clip(1.0))

@@ -369,6 +369,11 @@ def a_zero_redundancy_optimizer() -> list[torch.Tensor]:
         from torch.distributed.optim import ZeroRedundancyOptimizer  # noqa: PLC0415
     model = DistributedDataParallel(a_model())
     optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, lr=1.0)
+    # The optimizer inside holds what this rank updates.
+    assert (
+        "attach to the ZeroRedundancyOptimizer itself"
+        in refusal_of(lambda: attach(model, optimizer.optim, ClipValue(0.25)))[1]
+    )
     normalizer = attach(model, optimizer, ClipValue(0.25))
     before = [parameter.detach().clone() for parameter in model.parameters()]
     with_gradients(model)
