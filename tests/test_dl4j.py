@@ -188,6 +188,56 @@ def test_a_threshold_counts_only_if_the_strategy_needs_one(
     assert only_layer(tmp_path, layer(strategy=strategy, threshold=threshold))[2] == expected
 
 
+UNIT_NORM = "constrainGradientToUnitNorm"
+
+
+def before_gradient_normalization(kind: str, *, unit_norm: object) -> Json:
+    """Returns a layer's configuration as releases wrote it that had no GradientNormalization."""
+    body = {"activationFunction": "tanh", "layerName": None, "nin": 3, "nout": 4, "updater": "SGD"}
+    return {"layer": {kind: body}, UNIT_NORM: unit_norm, "numIterations": 5, "variables": ["W", "b"]}
+
+
+def test_the_setting_before_gradient_normalization_is_read_as_what_replaced_it(tmp_path: Path) -> None:
+    confs = [
+        before_gradient_normalization("dense", unit_norm=True),
+        before_gradient_normalization("gravesLSTM", unit_norm=False),
+        before_gradient_normalization("subsampling", unit_norm=True),
+        before_gradient_normalization("output", unit_norm=None),
+    ]
+    unit_norm = Renormalize(per="param_type")
+    expected = {"layer0": unit_norm, "layer1": Keep(), "layer3": Keep()}
+    assert read_policy(written(tmp_path, {"confs": confs})) == Policy(Keep(), overrides=dict(expected))
+    vertices = {"left": {"LayerVertex": {"layerConf": confs[0]}}, "right": {"LayerVertex": {"layerConf": confs[1]}}}
+    read = read_model(written(tmp_path, {"vertices": vertices})).layers
+    assert [(each.name, each.strategy) for each in read] == [("left", unit_norm), ("right", Keep())]
+
+
+@pytest.mark.parametrize("beside", [True, False])
+@pytest.mark.parametrize("strategy", [None, "None", "RenormalizeL2PerParamType"])
+def test_the_old_setting_may_stand_beside_the_new_one(tmp_path: Path, strategy: str | None, *, beside: bool) -> None:
+    configuration = network_of([layer(strategy=strategy)])
+    (conf,) = configuration["confs"]
+    (conf if beside else conf["layer"])[UNIT_NORM] = True
+    (read,) = read_model(written(tmp_path, configuration)).layers
+    assert read.strategy == Renormalize(per="param_type")
+    conf[UNIT_NORM] = conf["layer"][UNIT_NORM] = False
+    (read,) = read_model(written(tmp_path, configuration)).layers
+    assert read.strategy == (Keep() if strategy in (None, "None") else Renormalize(per="param_type"))
+
+
+def test_a_layer_with_the_old_setting_has_parameters_though_its_sizes_are_not_in_it(tmp_path: Path) -> None:
+    conf = {"layer": {"RBM": {}}, "nIn": 3, "nOut": 4, "variables": []}
+    for unit_norm in (True, False):
+        (read,) = read_model(written(tmp_path, {"confs": [conf | {UNIT_NORM: unit_norm}]})).layers
+        assert read.has_parameters is unit_norm
+
+
+def test_the_old_setting_of_a_frozen_layer_does_nothing(tmp_path: Path) -> None:
+    configuration = network_of([layer(strategy=None, wrappers=["FrozenLayer"])])
+    configuration["confs"][0][UNIT_NORM] = True
+    assert read_model(written(tmp_path, configuration)).layers[0].strategy == Keep()
+
+
 def test_names_are_never_patterns(tmp_path: Path) -> None:
     names = ["*", "a[b]", "block/conv.1", "a?", "[!a]"]
     layers = [layer(name=name, threshold=index + 1) for index, name in enumerate(names)]

@@ -349,3 +349,19 @@ def with_layer(**changes: object) -> Json:
 )
 def test_values_of_the_wrong_type(tmp_path: Path, configuration: Json, place: str, got: str) -> None:
     assert_refused(written(tmp_path, configuration), place, got)
+
+
+@pytest.mark.parametrize("strategy", ["ClipL2PerLayer", "RenormalizeL2PerLayer"])
+def test_the_setting_before_gradient_normalization_beside_another_strategy(tmp_path: Path, strategy: str) -> None:
+    configuration = network_of([layer(strategy=strategy)])
+    configuration["confs"][0]["constrainGradientToUnitNorm"] = True
+    path = written(tmp_path, configuration)
+    assert_refused(path, "confs[0].constrainGradientToUnitNorm", "true beside gradientNormalization with ")
+    assert "remove one of the two" in refusal(path).advice
+
+
+@pytest.mark.parametrize(("value", "got"), [("true", "'true'"), (1, "1.0"), ([], "a list"), ({}, "an object")])
+def test_the_setting_before_gradient_normalization_is_true_or_false(tmp_path: Path, value: object, got: str) -> None:
+    configuration = network_of([layer()])
+    configuration["confs"][0]["constrainGradientToUnitNorm"] = value
+    assert_refused(written(tmp_path, configuration), "confs[0].constrainGradientToUnitNorm", got)

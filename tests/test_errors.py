@@ -1,12 +1,30 @@
+import copy
+import multiprocessing
+import pickle
+import pkgutil
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from functools import partial
+from importlib import import_module
 from typing import Any
 
+import numpy as np
 import pytest
 
+import tamegrad
 from support.processes import run_python
-from tamegrad import TamegradWarning
+from tamegrad import (
+    Clip,
+    NonFiniteGradientError,
+    Policy,
+    SettingError,
+    TamegradError,
+    TamegradWarning,
+    UnmatchedError,
+    normalize,
+)
 from tamegrad.errors import warn
 
 Call = Callable[[], object]
@@ -74,3 +92,79 @@ def test_a_warning_keeps_no_variable_of_the_callers_in_memory() -> None:
     with pytest.warns(TamegradWarning):
         left = step()
     assert left() is None
+
+
+def subclasses(base: type[Exception]) -> Iterator[type[Exception]]:
+    """The class and all classes below it that tamegrad defines."""
+    yield base
+    for each in base.__subclasses__():
+        if each.__module__.startswith("tamegrad."):
+            yield from subclasses(each)
+
+
+for module in pkgutil.walk_packages(tamegrad.__path__, "tamegrad."):
+    with suppress(ImportError):  # of an extra that is not installed
+        import_module(module.name)
+
+# Classes with a constructor of their own need an example here; all others take what `TamegradError` takes.
+EXAMPLES: dict[type[Exception], Exception] = {
+    NonFiniteGradientError: NonFiniteGradientError({"rnn.weight_hh_l0": (2, 1, 0)}, ["rnn.l0"]),
+    TamegradWarning: TamegradWarning("look here"),
+}
+
+
+def example_of(kind: type[Exception]) -> Exception:
+    if kind not in EXAMPLES and issubclass(kind, TamegradError):
+        return kind("Clip(threshold=0)", got="0", allowed="a number above 0", advice="use Keep()")
+    return EXAMPLES[kind]
+
+
+class ServerError(SettingError):
+    """A user's own error, with a constructor of its own."""
+
+    def __init__(self, status: int) -> None:
+        self.status = status
+        super().__init__("the server", got=str(status), allowed="200", advice="start it again")
+
+
+def pickled(protocol: int, error: Exception) -> object:
+    return pickle.loads(pickle.dumps(error, protocol))  # noqa: S301  what was pickled here
+
+
+COPIES: dict[str, Callable[[Exception], object]] = {"copy": copy.copy, "deepcopy": copy.deepcopy}
+COPIES |= {f"pickle protocol {number}": partial(pickled, number) for number in range(pickle.HIGHEST_PROTOCOL + 1)}
+
+
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+@pytest.mark.parametrize(
+    "error",
+    [ServerError(503), *map(example_of, [*subclasses(TamegradError), *subclasses(TamegradWarning)])],
+    ids=lambda error: type(error).__name__,
+)
+def test_every_error_and_warning_survives_a_copy(error: Exception, copied: Callable[[Exception], Exception]) -> None:
+    error.__notes__ = ["in trial 7"]
+    again = copied(error)
+    assert isinstance(again, Exception)
+    assert type(again) is type(error)
+    assert (str(again), repr(again), again.args, vars(again)) == (str(error), repr(error), error.args, vars(error))
+    assert str(again)
+
+
+def test_the_classes_are_found() -> None:
+    found = {kind.__name__ for kind in subclasses(TamegradError)}
+    assert {"SettingError", "UnmatchedError", "NonFiniteGradientError", "MissingExtraError", "Dl4jFileError"} <= found
+    assert {name for name in tamegrad.__all__ if name.endswith("Error")} <= found
+
+
+def test_an_error_reaches_the_parent_of_a_pool_of_processes() -> None:
+    gradients = {"out": {"weight": np.array([np.nan, 1.0])}}
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        refused = pool.submit(Clip, -1.0).exception(timeout=60)
+        unmatched = pool.submit(normalize, gradients, Policy(Clip(1.0), overrides={"in": None})).exception(timeout=60)
+        nonfinite = pool.submit(normalize, gradients, Clip(1.0), on_nonfinite="raise").exception(timeout=60)
+    assert isinstance(refused, SettingError)
+    assert (refused.where, refused.got) == ("Clip(threshold)", "-1.0")
+    assert str(refused).startswith("Clip(threshold): got -1.0; allowed: ")
+    assert isinstance(unmatched, UnmatchedError)
+    assert isinstance(nonfinite, NonFiniteGradientError)
+    assert (nonfinite.counts, nonfinite.layers) == ({"out.weight": (1, 0, 0)}, ("out",))

@@ -104,6 +104,10 @@ def test_prints_every_layer_its_strategy_and_its_types() -> None:
         ("rnn.0", r"override 'rnn.0': got a key that matches none of 3 layers; allowed: .*closest: 'rnn.l"),
         ("rnn/weights", r"override 'rnn/weights': got a key that matches 'rnn.l0', 'rnn.l1', but .*closest: 'weight'"),
         (dict, r"override 'dict': .*closest: 'Linear'; next: print\(normalizer.plan\)"),
+        ("Linear", rf"override 'Linear': .*closest: .*; next: .* class itself as the key, .*: {__name__}.Linear$"),
+        (f"{__name__}.Linear", rf"; next: .*without quotes: {__name__}.Linear$"),
+        ("Linear/bias", r"; next: print\(normalizer.plan\)"),
+        ("Lin*", r"; next: print\(normalizer.plan\)"),
     ],
 )
 def test_an_override_that_matches_nothing_names_the_closest(key: str | type, message: str) -> None:

@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -28,6 +30,33 @@ def test_an_unknown_name_names_the_closest() -> None:
     _, report = normalize(GRADIENTS, Clip(1.0))
     with pytest.raises(UnmatchedError, match=r"^report\[name\]: got 'rnn.0'; .*3 groups; closest: 'rnn.l0'.*; next: "):
         report["rnn.0"]
+
+
+def test_an_unknown_name_is_a_key_error_with_a_plain_message() -> None:
+    _, report = normalize(GRADIENTS, Clip(1.0))
+    with pytest.raises(KeyError) as raised:
+        report["unknown"]
+    assert str(raised.value) == (
+        "report[name]: got 'unknown'; allowed: one of its 3 groups; closest: 'rnn.l0', 'out', 'bad'; "
+        "next: report.groups lists them"
+    )
+
+
+@pytest.mark.parametrize("key", [0, -1, slice(1), None, ("out", "bad")])
+def test_a_row_by_position_is_refused(key: Any) -> None:
+    _, report = normalize(GRADIENTS, Clip(1.0))
+    message = r"^report\[.*\]: got a key of type \w+; .*3 groups: 'rnn.l0', 'out', 'bad'; next: .*report.rows\(\)$"
+    with pytest.raises(UnmatchedError, match=message):
+        report[key]
+
+
+def test_is_a_collection_of_rows() -> None:
+    _, report = normalize({name: GRADIENTS[name] for name in ("rnn.l0", "out")}, Clip(1.0))
+    assert list(report) == report.rows() == [report["rnn.l0"], report["out"]]
+    assert len(report) == 2
+    assert "rnn.l0" in report
+    others: list[object] = ["rnn", "bad", 0, None, []]
+    assert all(other not in report for other in others)
 
 
 def test_prints_as_a_table() -> None:

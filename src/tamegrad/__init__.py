@@ -10,6 +10,7 @@ from tamegrad.errors import (
     SettingError,
     TamegradError,
     TamegradWarning,
+    UnknownGroupError,
     UnmatchedError,
 )
 from tamegrad.policy import Policy
@@ -26,6 +27,7 @@ __all__ = [
     "SettingError",
     "TamegradError",
     "TamegradWarning",
+    "UnknownGroupError",
     "UnmatchedError",
     "normalize",
 ]

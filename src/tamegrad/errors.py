@@ -1,5 +1,6 @@
 """Errors and warnings. Every message says where, what was given, what is allowed and what to do next."""
 
+import copyreg
 import difflib
 import sys
 import traceback
@@ -13,6 +14,7 @@ __all__ = [
     "SettingError",
     "TamegradError",
     "TamegradWarning",
+    "UnknownGroupError",
     "UnmatchedError",
 ]
 
@@ -68,6 +70,10 @@ class TamegradError(ValueError):
         self.advice = advice
         super().__init__(f"{where}: got {got}; allowed: {allowed}; next: {advice}")
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # Python would call the constructor with the message alone. Without a call, subclasses may change its arguments.
+        return copyreg.__newobj__, (type(self), *self.args), vars(self)  # type: ignore[attr-defined]  # not in its stub
+
 
 class TamegradWarning(UserWarning):
     """Something allowed that is probably a mistake: a step without any gradient, a parameter that no layer owns."""
@@ -79,6 +85,14 @@ class SettingError(TamegradError):
 
 class UnmatchedError(TamegradError):
     """A pattern or a name matches nothing; the message names the closest matches."""
+
+
+class UnknownGroupError(UnmatchedError, KeyError):
+    """A report has no group of this name; the message names the closest."""
+
+    def __str__(self) -> str:
+        # A KeyError shows its message in quotes.
+        return str(self.args[0])
 
 
 class NonFiniteGradientError(TamegradError):

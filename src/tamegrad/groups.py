@@ -3,6 +3,7 @@
 Plain data without arrays. `P` is the number of parameters, `G` the number of groups.
 """
 
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -245,7 +246,7 @@ def _mismatch(override: Override, matched: Sequence[Layer], layers: Sequence[Lay
             f"override {override.name!r}",
             got=f"a key that matches none of {len(layers)} layers",
             allowed=f"{wanted}; closest: {quoted(closest(override.name, dict.fromkeys(known)))}",
-            advice=_ADVICE,
+            advice=_advice(override.key, layers),
         )
     types = list(dict.fromkeys(parameter_type for layer in matched for parameter_type in layer.types))
     if any(override.matches(layer.names, own, layer.module_class) for layer in matched for own in layer.types):
@@ -256,3 +257,22 @@ def _mismatch(override: Override, matched: Sequence[Layer], layers: Sequence[Lay
         allowed=f"a parameter type, or a glob; closest: {quoted(closest(override.type_pattern or '', types))}",
         advice=_ADVICE,
     )
+
+
+def _advice(key: str | type, layers: Sequence[Layer]) -> str:
+    """Returns what to do about a key that matches no layer; it may be the name of a class instead of the class."""
+    owners = (layer.module_class for layer in layers if layer.module_class is not None)
+    classes = dict.fromkeys(base for owner in owners for base in owner.__mro__)
+    meant = [_in_code(each) for each in classes if key in {each.__name__, _in_code(each), f"torch.{_in_code(each)}"}]
+    if not meant:
+        return _ADVICE
+    return f"to mean every module of that class, use the class itself as the key, without quotes: {' or '.join(meant)}"
+
+
+def _in_code(kind: type) -> str:
+    """Returns a class as users write it: `nn.LayerNorm`, `models.Norm`."""
+    if getattr(sys.modules.get("torch.nn"), kind.__name__, None) is kind:
+        return f"nn.{kind.__name__}"
+    # A class of the program itself, or of one of its functions, needs no module.
+    _, local, name = kind.__qualname__.rpartition("<locals>.")
+    return name if local or kind.__module__ == "__main__" else f"{kind.__module__}.{name}"

@@ -3,11 +3,12 @@
 `G` is the number of groups.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Generic, Protocol, TypeVar
 
-from tamegrad.errors import UnmatchedError, closest, quoted
+from tamegrad.errors import UnknownGroupError, closest, quoted
 
 __all__ = ["GroupReport", "Report"]
 
@@ -70,6 +71,8 @@ class Report(Generic[ArrayT]):
         1 group, total norm 5, 1 clipped, 0 non-finite
         group  norm  scale  norm after  clipped  non-finite
         out    5     0.2    1           yes
+        >>> [row.name for row in report], len(report), "out" in report
+        (['out'], 1, True)
     """
 
     groups: tuple[str, ...]
@@ -95,15 +98,10 @@ class Report(Generic[ArrayT]):
             The row.
 
         Raises:
-            UnmatchedError: If there is no such group; the message names the closest.
+            UnknownGroupError: If there is no such group, which is a `KeyError` too; the message names the closest.
         """
-        if name not in self._positions:
-            raise UnmatchedError(
-                "report[name]",
-                got=repr(name),
-                allowed=f"one of its {len(self.groups)} groups; closest: {quoted(closest(name, self.groups))}",
-                advice="report.groups lists them",
-            )
+        if name not in self:
+            raise self._unknown(name)
         index = self._positions[name]
         columns = (self.norms, self.scales, self.norms_after, self.clipped, self.nonfinite)
         return GroupReport(name, *(column[index].item() for column in columns))
@@ -116,6 +114,33 @@ class Report(Generic[ArrayT]):
         """
         columns = (self.norms, self.scales, self.norms_after, self.clipped, self.nonfinite)
         return [GroupReport(*row) for row in zip(self.groups, *(column.tolist() for column in columns), strict=True)]
+
+    def __iter__(self) -> Iterator[GroupReport]:
+        """Iterates over `rows()`."""
+        return iter(self.rows())
+
+    def __len__(self) -> int:
+        """Returns the number of groups."""
+        return len(self.groups)
+
+    def __contains__(self, name: object) -> bool:
+        """Returns whether there is a group of this name."""
+        return isinstance(name, str) and name in self._positions
+
+    def _unknown(self, name: object) -> UnknownGroupError:
+        if not isinstance(name, str):
+            return UnknownGroupError(
+                f"report[{name!r}]",
+                got=f"a key of type {type(name).__name__}",
+                allowed=f"the name of one of its {len(self)} groups: {quoted(self.groups[:3])}",
+                advice="for a row by its position, index report.rows()",
+            )
+        return UnknownGroupError(
+            "report[name]",
+            got=repr(name),
+            allowed=f"one of its {len(self)} groups; closest: {quoted(closest(name, self.groups))}",
+            advice="report.groups lists them",
+        )
 
     def __str__(self) -> str:
         rows = self.rows()

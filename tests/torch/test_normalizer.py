@@ -163,6 +163,24 @@ def test_refuses_a_threshold_together_with_a_strategy_or_policy(policy: object) 
         normalize_grad_(two_layers([1.0], [1.0]), policy, threshold=2.0)
 
 
+def test_an_override_with_the_name_of_a_class_hints_at_the_class() -> None:
+    class LayerNorm(nn.LayerNorm):
+        pass
+
+    plain, own = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)), nn.Sequential(LayerNorm(2))
+    for model, key, hint in [
+        (plain, "LayerNorm", "nn.LayerNorm"),
+        (plain, "nn.LayerNorm", "nn.LayerNorm"),
+        (plain, "torch.nn.LayerNorm", "nn.LayerNorm"),
+        (own, "LayerNorm", "LayerNorm or nn.LayerNorm"),
+        (plain, "Module", "nn.Module"),
+    ]:
+        with pytest.raises(UnmatchedError, match=rf"^override '{key}': .*closest: '.*'; next: .* quotes: {hint}$"):
+            normalize_grad_(model, Clip(1.0), overrides={key: None})
+    with pytest.raises(UnmatchedError, match=r"next: print\(normalizer.plan\)"):
+        normalize_grad_(plain, Clip(1.0), overrides={"GroupNorm": None})
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [

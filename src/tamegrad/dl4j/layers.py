@@ -89,6 +89,9 @@ _BIDIRECTIONAL = ("Bidirectional",)
 _BATCH_NORMALIZATION = ("BatchNormalization",)
 
 _STRATEGY, _THRESHOLD = "gradientNormalization", "gradientNormalizationThreshold"
+# Releases before GradientNormalization had this in its place, true or false: each parameter's update was divided by its
+# norm, after the updater. RenormalizeL2PerParamType replaced it, and works before the updater.
+_UNIT_NORM = "constrainGradientToUnitNorm"
 _STRATEGIES = {member.value: member for member in GradientNormalization}
 _WITHOUT_THRESHOLD = {
     name: member() for name, member in _STRATEGIES.items() if isinstance(member(), Keep | Renormalize)
@@ -216,7 +219,7 @@ def _layer(node: Node, conf: Node, name: str, outside: Sequence[_Typed] = ()) ->
         kind=whole.kind,
         n_in=_size(_first(chain, "nin")),
         n_out=_size(_first(chain, "nout")),
-        strategy=Keep() if frozen else _strategy(chain),
+        strategy=Keep() if frozen else _strategy(chain, conf),
         has_parameters=_has_parameters(innermost, conf),
         place=node.place,
     )
@@ -257,7 +260,33 @@ def _size(node: Node | None) -> int | None:
     return int(node.value)
 
 
-def _strategy(chain: list[_Typed]) -> Strategy:
+def _strategy(chain: list[_Typed], conf: Node) -> Strategy:
+    named = _named_strategy(chain)
+    unit_norm = _unit_norm(chain, conf)
+    replaced_by = Renormalize(per="param_type")
+    if unit_norm is None or named == replaced_by:
+        return named
+    if named != Keep():
+        # The releases that knew both settings did both, one before and one after the updater.
+        raise unit_norm.refused(
+            f"false, or {_STRATEGY} None or RenormalizeL2PerParamType",
+            advice=f"remove one of the two from the file; {_UNIT_NORM} alone is read as RenormalizeL2PerParamType",
+            got=f"true beside {_STRATEGY} with {named}",
+        )
+    return replaced_by
+
+
+def _unit_norm(chain: list[_Typed], conf: Node) -> Node | None:
+    """Returns the old setting of a layer if it is true; it stands beside the layer, in its configuration."""
+    for node in (place.at(_UNIT_NORM) for place in (conf, *(typed.node for typed in chain))):
+        if not isinstance(node.value, bool | None):
+            raise node.refused("true or false")
+        if node.value:
+            return node
+    return None
+
+
+def _named_strategy(chain: list[_Typed]) -> Strategy:
     # Deeplearning4j uses the innermost layer's strategy; a wrapper's own field only repeats it.
     owner = next((typed.node for typed in reversed(chain) if typed.fields.get(_STRATEGY) is not None), None)
     if owner is None:
@@ -296,7 +325,9 @@ def _has_parameters(layer: _Typed, conf: Node) -> bool:
     for declared in ("layerParams", "vertexParams"):
         if fields.get(declared) is not None:
             return any(layer.node.at(declared).fields().get(group) for group in ("weightParams", "biasParams"))
-    if fields.get(_STRATEGY) in (None, "None") and fields.get(_THRESHOLD) in (None, 0.0):
+    if conf.at(_UNIT_NORM).value is not True and (
+        fields.get(_STRATEGY) in (None, "None") and fields.get(_THRESHOLD) in (None, 0.0)
+    ):
         # Typical of a class with nothing to normalize; one that trains has at least an updater or a size.
         return any(fields.get(key) is not None for key in ("iupdater", "nin"))
     return True

@@ -13,7 +13,7 @@ from pathlib import Path
 import numba
 import pytest
 import torch
-from numba.core.caching import IndexDataCacheFile
+from numba.core.caching import CacheImpl, IndexDataCacheFile
 from numba.core.dispatcher import Dispatcher
 
 from support.gradients import model_with
@@ -121,6 +121,9 @@ def test_a_damaged_cache_is_compiled_again_and_replaced(
     assert (third(3), third.compilations) == (6, 0)
 
 
+NOT_CACHED = r"compiled twice in \d+\.\d s; it is not cached, so the next process compiles it again"
+
+
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_a_cache_that_cannot_be_written_does_not_stop_the_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -135,7 +138,28 @@ def test_a_cache_that_cannot_be_written_does_not_stop_the_step(
     with caplog.at_level(logging.INFO, logger="tamegrad"):
         entry.prepare(int, 3)
     assert entry(3) == 6
-    assert "is not cached" in caplog.text
+    failed, _, compiled = caplog.messages  # emptying it fails as well
+    assert failed.startswith(f"compiled code is not cached in {tmp_path}")
+    assert "No space left on device" in failed
+    assert re.fullmatch(
+        r"compiled twice in \d+\.\d s; it is not cached, so the next process compiles it again", compiled
+    )
+
+
+def test_says_that_code_is_not_cached_where_numba_finds_no_folder_for_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(CacheImpl, "_locator_classes", [])
+    caplog.set_level(logging.INFO, logger="tamegrad")
+    entry = Entry(twice)
+    entry.prepare(int, 3)
+    entry.prepare(int, 4)
+    assert entry(3) == 6
+    missing, compiled = caplog.messages
+    assert missing.startswith("compiled code is not cached on disk: ")
+    assert re.fullmatch(
+        r"compiled twice in \d+\.\d s; it is not cached, so the next process compiles it again", compiled
+    )
 
 
 FLOAT16_STEP = """

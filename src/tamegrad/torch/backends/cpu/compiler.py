@@ -80,8 +80,10 @@ class Entry:
         function.__qualname__ = f"{function.__name__}_{_version}"
         self._dispatcher: Any = numba.njit(nogil=True, error_model="numpy")(function)
         self._ready: set[object] = set()
+        self._cache: _Cache | None = None
         try:
-            self._dispatcher._cache = _Cache(function)  # noqa: SLF001  what `enable_caching` does, with our own class
+            self._cache = _Cache(function)
+            self._dispatcher._cache = self._cache  # noqa: SLF001  what `enable_caching` does, with our own class
         except RuntimeError as error:
             # Numba found no folder that it can write to: every process compiles anew.
             _log.info("compiled code is not cached on disk: %s", error)
@@ -105,9 +107,10 @@ class Entry:
         self._dispatcher.compile(tuple(numba.typeof(argument) for argument in args))
         self._ready.add(variant)
         if self.compilations > before:
-            path = self._dispatcher.stats.cache_path
-            where = "" if path is None else f"; the next process finds it in {path}"
-            _log.info("compiled %s in %.1f s%s", self._dispatcher.__name__, time.perf_counter() - start, where)
+            seconds, then = time.perf_counter() - start, "it is not cached, so the next process compiles it again"
+            if self._cache is not None and self._cache.saved:
+                then = f"the next process finds it in {self._cache.cache_path}"
+            _log.info("compiled %s in %.1f s; %s", self._dispatcher.__name__, seconds, then)
 
     @property
     def compilations(self) -> int:
@@ -121,6 +124,7 @@ class _Cache(FunctionCache):  # type: ignore[misc]  # Numba has no types
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__(function)
         self._cache_file.__class__ = _CheckedFile
+        self.saved = False  # what was compiled last
 
     def load_overload(self, sig: object, target_context: object) -> object:
         try:
@@ -132,7 +136,9 @@ class _Cache(FunctionCache):  # type: ignore[misc]  # Numba has no types
     def save_overload(self, sig: object, data: object) -> None:
         try:
             super().save_overload(sig, data)
+            self.saved = True
         except Exception as error:  # noqa: BLE001  it reads the index first, which may be damaged
+            self.saved = False
             _log.warning("compiled code is not cached in %s: %r", self.cache_path, error)
             self._start_anew()
 
