@@ -191,8 +191,8 @@ class AttachedNormalizer:
         return f"<AttachedNormalizer: {state}, {self.steps} steps, {self.policy}>"
 
     def __getstate__(self) -> dict[str, object]:
-        report = None if self._hooks is None else self._hooks.report
-        return {**vars(self), "_hooks": None, "_report": report or self._report, "_steps_before": self.steps}
+        report = self._report if self._hooks is None else self._hooks.report
+        return {**vars(self), "_hooks": None, "_report": report, "_steps_before": self.steps}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         vars(self).update(state)

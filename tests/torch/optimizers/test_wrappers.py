@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from support.processes import run_python
 from torch import nn
+from torch.distributed import optim as distributed_optim
 
+from support.processes import run_python
 from tamegrad import Clip, SettingError
 from tamegrad.torch import attach
 from tamegrad.torch.optimizers.wrappers import _REFUSED, _TRANSPARENT
@@ -21,7 +22,7 @@ def a_model() -> Any:
 
 def backward(model: nn.Module) -> Any:
     loss = (100 * model(torch.ones(5, 3))).square().sum()
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     return loss
 
 
@@ -102,11 +103,9 @@ def test_attaches_through_several_wrappers() -> None:
 
 
 def test_attaches_to_the_optimizer_inside_post_local_sgd() -> None:
-    from torch.distributed.optim import PostLocalSGDOptimizer
-
     model = a_model()
-    averager = SimpleNamespace(step=0, average_parameters=lambda params: None)
-    optimizer = PostLocalSGDOptimizer(sgd(model), averager)  # type: ignore[arg-type]
+    averager = SimpleNamespace(step=0, average_parameters=lambda **_: None)
+    optimizer: Any = distributed_optim.PostLocalSGDOptimizer(sgd(model), averager)  # type: ignore[arg-type]
     attach(model, optimizer, Clip(1.0))
     backward(model)
     optimizer.step()
@@ -198,10 +197,9 @@ def test_an_optimizer_of_deepspeed_that_is_one_of_pytorch_is_attached_to() -> No
 
 
 def test_refuses_parameters_that_step_in_backward() -> None:
-    from torch.distributed.optim import _apply_optimizer_in_backward
-
     model = a_model()
-    _apply_optimizer_in_backward(torch.optim.SGD, model.parameters(), {"lr": 0.1})
+    apply: Any = distributed_optim._apply_optimizer_in_backward  # type: ignore[attr-defined]
+    apply(torch.optim.SGD, model.parameters(), {"lr": 0.1})
     with pytest.raises(SettingError, match="with an optimizer of their own, which steps during backward"):
         attach(model, sgd(model), Clip(1.0))
 

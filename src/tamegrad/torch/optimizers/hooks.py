@@ -12,7 +12,7 @@ from tamegrad.errors import Line, NonFiniteGradientError, SettingError, warn
 from tamegrad.report import Report
 from tamegrad.torch.normalizer import GradientNormalizer
 from tamegrad.torch.optimizers.inertness import InertnessWatch
-from tamegrad.torch.optimizers.stepping import NormalizedStep, Snapshot, StepCall, steps_around
+from tamegrad.torch.optimizers.stepping import NormalizedStep, Snapshot, StepCall, check_loss_scales, steps_around
 from tamegrad.torch.optimizers.wrappers import held_by, hook_inherited_steps, optimizers_inside
 
 __all__ = ["StepHooks"]
@@ -52,7 +52,8 @@ class StepHooks:
                 may_call_others |= hook_inherited_steps(one) or one is not optimizer
         self._refuse_innermost(len(optimizers), may_call_others=may_call_others)
         # Whether gradients may change between normalizing and stepping, and what they were.
-        self._may_change = may_call_others or len(optimizers) > 1
+        self._several = len(optimizers) > 1
+        self._may_change = may_call_others or self._several
         self._snapshot = Snapshot(())
         # Which of the optimizers have stepped in this round.
         self._stepped: set[int] = set()
@@ -153,6 +154,8 @@ class StepHooks:
         if self._is_normalized and not changed:
             return
         if self._begins_round(optimizer):
+            if self._several:
+                check_loss_scales(self.optimizers)
             self._normalize(optimizer)
             return
         if changed:
@@ -160,7 +163,7 @@ class StepHooks:
                 f"{type(optimizer).__name__}.step",
                 got="gradients that changed since they were normalized at the step of another optimizer",
                 allowed="a backward pass, and then one step of every optimizer that is attached to",
-                advice="call backward(), and scaler.unscale_() for each optimizer, before the first of the steps",
+                advice="call backward() before the first of the steps, and change no gradient between them",
             )
         self._stepped.add(self._numbers[optimizer])
         self._hide(optimizer)

@@ -3,17 +3,18 @@
 import operator
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Literal, TypeAlias, get_args
 
 from torch import Tensor, nn
+from torch.amp import GradScaler, grad_scaler
 from torch.optim import Optimizer
 
 from tamegrad.errors import SettingError, quoted
 
-__all__ = ["NormalizedStep", "Snapshot", "StepCall", "check_normalized_step", "steps_around"]
+__all__ = ["NormalizedStep", "Snapshot", "StepCall", "check_loss_scales", "check_normalized_step", "steps_around"]
 
 NormalizedStep: TypeAlias = Literal["outermost", "innermost"]
 Closure: TypeAlias = Callable[[], object]
@@ -120,17 +121,49 @@ def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else operator.attrgetter("_version")(tensor)
 
 
+def check_loss_scales(optimizers: Sequence[Optimizer]) -> None:
+    """Refuses a step of `torch.amp.GradScaler` at which some of several optimizers have scaled gradients, others not.
+
+    A scaler divides the gradients of each optimizer at its own step, unless it was told to before, and a tensor's
+    version does not show it.
+
+    Args:
+        optimizers: The optimizers whose gradients are about to be normalized together.
+
+    Raises:
+        SettingError: If they differ; nothing was changed.
+    """
+    for frame in _stack():
+        if frame.f_code.co_filename == grad_scaler.__file__ and isinstance(frame.f_locals.get("self"), GradScaler):
+            states = frame.f_locals["self"]._per_optimizer_states  # noqa: SLF001  torch shows it nowhere else
+            divided = {states[id(one)]["stage"] is not grad_scaler.OptState.READY for one in optimizers}
+            fused = all(getattr(one, "_step_supports_amp_scaling", False) for one in optimizers)
+            if divided == {True} or (divided == {False} and fused):
+                return
+            raise SettingError(
+                "GradScaler.step",
+                got="several optimizers that share a normalizer, some with gradients that still have the loss scale",
+                allowed="gradients without it, or fused optimizers alone",
+                advice="call scaler.unscale_(optimizer) for each of them before the first step",
+            )
+
+
+def _stack() -> Iterator[FrameType]:
+    """Yields the frames around the caller, innermost first."""
+    frame: FrameType | None = sys._getframe(2)  # noqa: SLF001
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
 def steps_around(optimizers: Sequence[Optimizer]) -> int:
     """Returns how many steps of some optimizers are running around the one that called this hook.
 
     The stack is the only witness that cannot be wrong: a counter stays up when a step raises.
     """
-    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001
     running = 0
-    while frame is not None:
-        code = frame.f_code
+    for frame in _stack():
         # The function that PyTorch wraps around `step`; torch.compile gives the rest of it another name.
-        if code.co_filename == _OPTIMIZER_FILE and "wrapper" in code.co_name:
+        if frame.f_code.co_filename == _OPTIMIZER_FILE and "wrapper" in frame.f_code.co_name:
             running += any(frame.f_locals.get("self") is optimizer for optimizer in optimizers)
-        frame = frame.f_back
     return max(running - 1, 0)
