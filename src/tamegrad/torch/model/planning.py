@@ -1,6 +1,5 @@
 """Makes the plan of a model, and makes it anew when the model changes."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -10,7 +9,7 @@ from torch import nn
 from tamegrad.errors import UnmatchedError
 from tamegrad.groups import Plan, make_plan, unmatched_overrides
 from tamegrad.torch.model.layers import ModelLayers, check_patterns, find_layers
-from tamegrad.torch.model.pairs import read_pairs
+from tamegrad.torch.model.pairs import Pairs, read_pairs
 from tamegrad.torch.model.selection import Selection
 from tamegrad.torch.model.unsupported import refuse_unsupported
 from tamegrad.torch.model.watch import ModuleWatch
@@ -19,7 +18,7 @@ from tamegrad.torch.sharded.distributed import Reduction
 
 __all__ = ["Model", "PlannedModel", "Planner"]
 
-Model: TypeAlias = nn.Module | Iterable[tuple[str, nn.Parameter]]
+Model: TypeAlias = nn.Module | Pairs
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +49,8 @@ class Planner:
         selection: Which parameters are planned for.
 
     Raises:
-        SettingError: If `model` is neither of the two, or FSDP1 or DeepSpeed has its gradients.
+        SettingError: If `model` is neither of the two, two parameters have one name, or FSDP1 or DeepSpeed has its
+            gradients.
     """
 
     def __init__(self, model: Model, settings: Settings, selection: Selection) -> None:
