@@ -138,6 +138,27 @@ def test_refuses_no_gradients(gradients: dict[str, dict[str, NDArray[Any]]]) -> 
 
 def test_refuses_an_unknown_choice_for_nonfinite_gradients() -> None:
     with pytest.raises(
-        SettingError, match="^on_nonfinite: got 'drop'; allowed: 'keep', 'zero', 'skip', 'raise'; next: "
+        SettingError, match="^on_nonfinite: got 'drop'; allowed: 'keep', 'zero', 'skip_group', 'skip', 'raise'; next: "
     ):
         normalize_arrays({"out": {"weight": np.ones(2)}}, Clip(1.0), on_nonfinite="drop")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("gradients", "message"),
+    [
+        ({"weight": np.ones(2)}, r"got 'weight': a ndarray in place of a layer's dictionary.*next: put the arrays of"),
+        ([np.ones(2)], r"got a list; allowed: \{layer: \{type: array\}\}"),
+    ],
+)
+def test_refuses_gradients_that_are_not_in_layers(gradients: Any, message: str) -> None:
+    with pytest.raises(SettingError, match=rf"^normalize\(gradients\): {message}"):
+        normalize_arrays(gradients, Clip(1.0))
+
+
+@pytest.mark.parametrize("where", ["in a layer", "without a layer"])
+def test_names_the_function_for_tensors_of_pytorch(where: str) -> None:
+    torch = pytest.importorskip("torch")
+    for tensor in (torch.ones(2), torch.nn.Parameter(torch.ones(2))):
+        gradients: Any = {"out": {"weight": tensor}} if where == "in a layer" else {"out.weight": tensor}
+        with pytest.raises(SettingError, match=r"call tamegrad\.torch\.normalize_grad_, which takes a dictionary"):
+            normalize_arrays(gradients, Clip(1.0))

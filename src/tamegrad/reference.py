@@ -24,6 +24,7 @@ Array: TypeAlias = NDArray[np.inexact[Any]]
 Group: TypeAlias = Sequence[NDArray[Any]]
 
 _DTYPES = ("float16", "float32", "float64", "complex64", "complex128")
+_FOR_TORCH = "for tensors of PyTorch call tamegrad.torch.normalize_grad_, which takes a dictionary of gradients, too"
 _SMALLEST_NORMAL = float(np.finfo(np.float64).tiny)
 
 
@@ -58,6 +59,7 @@ def normalize(
         5.0
     """
     check_on_nonfinite(on_nonfinite)
+    _check_nested(gradients)
     layers = [
         Layer(name, tuple(Parameter(f"{name}.{param_type}", param_type) for param_type in types))
         for name, types in gradients.items()
@@ -206,13 +208,36 @@ def _ldexp(mantissa: float, exponent: int) -> float:
         return float(np.ldexp(mantissa, exponent))
 
 
+def _check_nested(gradients: object) -> None:
+    if isinstance(gradients, Mapping):
+        wrong = next((item for item in gradients.items() if not isinstance(item[1], Mapping)), None)
+        if wrong is None:
+            return
+        got = f"{wrong[0]!r}: a {type(wrong[1]).__name__} in place of a layer's dictionary"
+    else:
+        wrong, got = None, f"a {type(gradients).__name__}"
+    of_torch = wrong is not None and _is_of_torch(wrong[1])
+    raise SettingError(
+        "normalize(gradients)",
+        got=got,
+        allowed="{layer: {type: array}}",
+        advice=_FOR_TORCH if of_torch else 'put the arrays of each layer into a dictionary: {"out": {"weight": array}}',
+    )
+
+
+def _is_of_torch(value: object) -> bool:
+    return any(base.__module__.partition(".")[0] == "torch" for base in type(value).__mro__)
+
+
 def _widened(name: str, array: object) -> NDArray[Any]:
     if not isinstance(array, np.ndarray) or array.dtype not in _DTYPES:
         raise SettingError(
             f"normalize(gradients): {name}",
             got=f"an array of {array.dtype}" if isinstance(array, np.ndarray) else f"a {type(array).__name__}",
             allowed=f"a NumPy array of {', '.join(_DTYPES)}",
-            advice="convert it with numpy.asarray(gradient, dtype=numpy.float32)",
+            advice=_FOR_TORCH
+            if _is_of_torch(array)
+            else "convert it with numpy.asarray(gradient, dtype=numpy.float32)",
         )
     return array.astype(np.complex128 if np.iscomplexobj(array) else np.float64)
 

@@ -14,6 +14,7 @@ from tamegrad.report import Report
 from tamegrad.strategies import GradientNormalization
 from tamegrad.torch.backends import SelectedBackend
 from tamegrad.torch.gradients import Gradients
+from tamegrad.torch.model.gradient_dictionary import GradientDictionary, NamedGradients
 from tamegrad.torch.model.planning import Model, PlannedModel, Planner
 from tamegrad.torch.model.selection import Selection
 from tamegrad.torch.settings import Keywords, Settings, checked_state
@@ -233,16 +234,21 @@ class GradientNormalizer:
 
 
 def normalize_grad_(
-    model: Model,
+    model: Model | NamedGradients,
     policy: object,
     *,
     threshold: float | None = None,
     **settings: Unpack[Keywords],
 ) -> Report[Tensor]:
-    """Normalizes the gradients of a model once, now, in place.
+    """Normalizes the gradients of a model, or those in a dictionary, once, now, in place.
 
     Args:
-        model: The model, or pairs of a name and a parameter.
+        model: Either what has the gradients in `.grad`: the model, or names and parameters, as pairs or in a
+            dictionary. Or the gradients: a dictionary from names to tensors that are no parameters and do not require
+            grad, as `torch.func.grad` returns it; None stands for no gradient. It may hold dictionaries in turn, as in
+            `{"encoder": {"weight": gradient}}`. Dots and slashes in names separate layers. A gradient that cannot be
+            changed in place (expanded, lazily conjugated, or sparse and not coalesced) is replaced in the dictionary,
+            and so is one that two names share: it is the gradient of both.
         policy: A `Policy`, a strategy, or a member of `GradientNormalization`.
         threshold: The threshold for a member of `GradientNormalization` (1.0 if not given); strategies have their own.
         **settings: As in `GradientNormalizer`.
@@ -251,7 +257,8 @@ def normalize_grad_(
         What was done.
 
     Raises:
-        SettingError: As `GradientNormalizer` does, and if a threshold stands beside a strategy or a policy.
+        SettingError: As `GradientNormalizer` does, and if a threshold stands beside a strategy or a policy, or a
+            dictionary holds gradients beside something else. No gradient was changed.
         UnmatchedError: As `GradientNormalizer` does.
         NonFiniteGradientError: As `GradientNormalizer.normalize_` does.
 
@@ -263,6 +270,11 @@ def normalize_grad_(
         >>> report = normalize_grad_(model, GradientNormalization.CLIP_L2_PER_LAYER, threshold=0.5)
         >>> report["(root)"].norm_after
         0.5
+        >>> gradients = {"out.weight": torch.tensor([3.0]), "out.bias": torch.tensor([4.0])}
+        >>> normalize_grad_(gradients, GradientNormalization.RENORMALIZE_L2_PER_LAYER)["out"].norm
+        5.0
+        >>> gradients
+        {'out.weight': tensor([0.6000]), 'out.bias': tensor([0.8000])}
     """
     if threshold is not None:
         if not isinstance(policy, GradientNormalization):
@@ -273,4 +285,9 @@ def normalize_grad_(
                 advice="leave threshold= out, or build the strategy with it: Clip(threshold)",
             )
         policy = policy(threshold)
-    return GradientNormalizer(model, policy, **settings).normalize_()
+    given = GradientDictionary.of(model)
+    if given is None:
+        return GradientNormalizer(model, policy, **settings).normalize_()
+    report = GradientNormalizer(given.pairs, policy, **settings).normalize_()
+    given.put_back()
+    return report

@@ -1,5 +1,7 @@
 """Layer names, parameter types, and which layer owns which parameter."""
 
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 from tamegrad import UnmatchedError
 from tamegrad.torch.model.layers import check_patterns, find_layers
+from tamegrad.torch.model.pairs import read_pairs
 
 
 def types_of(model: nn.Module, *merged: str) -> dict[str, tuple[str, ...]]:
@@ -172,3 +175,128 @@ def test_restricts_to_some_parameters() -> None:
     some = find_layers(block).restricted_to([block.linear.bias, block.norm.weight, nn.Parameter(torch.ones(1))])
     assert {layer.name: layer.types for layer in some.layers} == {"linear": ("bias",), "norm": ("weight",)}
     assert some.parameters == [block.linear.bias, block.norm.weight]
+
+
+def test_integer_tensors_are_no_parameters_to_normalize() -> None:
+    model = Block()
+    model.seed = nn.Parameter(torch.zeros(2, dtype=torch.int32), requires_grad=False)
+    model.table = nn.Parameter(torch.zeros(2, dtype=torch.uint8), requires_grad=False)
+    model.phase = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
+    assert types_of(model)["(root)"] == ("scale", "phase")
+
+
+class Collecting(nn.Module):
+    """Holds what the modules below own, directly, in a list and in a dictionary, before or after they are made."""
+
+    def __init__(self, when: str, how: str) -> None:
+        super().__init__()
+        encoder, decoder = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), nn.Linear(2, 2)
+        if when == "after":
+            self.encoder, self.decoder = encoder, decoder
+        self.own = nn.Parameter(torch.ones(1))
+        parameters = {name: parameter for part in (encoder, decoder) for name, parameter in named(part)}
+        if how == "directly":
+            for name, parameter in parameters.items():
+                self.register_parameter(name, parameter)
+        else:
+            self.every = nn.ParameterList(parameters.values()) if how == "list" else nn.ParameterDict(parameters)
+        if when == "before":
+            self.encoder, self.decoder = encoder, decoder
+
+
+def named(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(f"p{id(parameter)}", parameter) for parameter in module.parameters()]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("how", ["directly", "list", "dictionary"])
+def test_a_parameter_belongs_to_the_innermost_owner(when: str, how: str) -> None:
+    model = Collecting(when, how)
+    owned = dict.fromkeys(["encoder.0", "encoder.1", "decoder"], ("weight", "bias"))
+    assert types_of(model) == {"(root)": ("own",), **owned}
+    found = find_layers(nn.ModuleList([model, Block()]), ["0.encoder"])
+    assert {layer.name: layer.types for layer in found.layers} == {
+        "0": ("own",),
+        "0.encoder": ("0.weight", "0.bias", "1.weight", "1.bias"),
+        "0.decoder": ("weight", "bias"),
+        "1": ("scale",),
+        "1.linear": ("weight", "bias"),
+        "1.norm": ("weight", "bias"),
+    }
+    assert {id(parameter) for parameter in found.parameters[:7]} == {id(parameter) for parameter in model.parameters()}
+
+
+def test_the_order_of_the_layers_is_that_of_their_owners() -> None:
+    model = Collecting("before", "directly")
+    assert list(types_of(model)) == ["(root)", "encoder.0", "encoder.1", "decoder"]
+
+
+def test_a_parameter_of_two_modules_side_by_side_belongs_to_the_first_even_below_one_that_collects() -> None:
+    model = nn.ModuleDict({"out": nn.Linear(2, 2), "embed": nn.Embedding(2, 2)})
+    model["out"].weight = model["embed"].weight
+    model.every = nn.ParameterList(model.parameters())
+    assert types_of(model) == {"out": ("weight", "bias")}
+
+
+def test_what_a_module_leaves_out_of_its_parameters_is_left_out_below_it_too() -> None:
+    class Fused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(3, 2)
+            self.out = nn.Linear(2, 2)
+
+        def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+            pairs = super().named_parameters(*args, **kwargs)
+            yield from ((name, parameter) for name, parameter in pairs if "table" not in name)
+
+    fused = Fused()
+    assert types_of(nn.Sequential(fused, nn.Linear(2, 2))) == {"0.out": ("weight", "bias"), "1": ("weight", "bias")}
+    # It can still be found where another module has it.
+    outside = nn.Sequential(fused, nn.Linear(2, 3))
+    outside[1].weight = fused.table.weight
+    assert types_of(outside)["1"] == ("weight", "bias")
+
+
+class Named(nn.Module):
+    """Wraps a module in an attribute of this name."""
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        super().__init__()
+        self.add_module(name, module)
+
+
+def test_the_modules_of_fabric_and_opacus_do_not_appear_in_names() -> None:
+    class GradSampleModule(Named):
+        __module__ = "opacus.grad_sample.grad_sample_module"
+
+    plain = types_of(Block())
+    for wrapped in (Named("_forward_module", Block()), GradSampleModule("_module", Block())):
+        assert types_of(wrapped) == plain
+        from_names = read_pairs(wrapped.named_parameters())
+        assert {layer.name: layer.types for layer in from_names.layers} == plain
+    assert list(types_of(Named("_module", nn.Linear(2, 2)))) == ["_module"]
+
+
+def test_a_parametrized_weight_that_is_tied_belongs_to_its_first_owner() -> None:
+    class Double(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * x
+
+    model = nn.ModuleDict({"embed": nn.Embedding(3, 2), "out": nn.Linear(2, 3)})
+    model["out"].weight = model["embed"].weight
+    nn.utils.parametrize.register_parametrization(model["embed"], "weight", Double())
+    assert types_of(model) == {"embed": ("weight",), "out": ("bias",)}
+
+
+def test_reading_takes_time_in_proportion_to_the_number_of_parameters() -> None:
+    def seconds(count: int) -> float:
+        model = nn.ModuleList([nn.Linear(1, 1) for _ in range(count)])
+        model.every = nn.ParameterList(model.parameters())
+        start = time.perf_counter()
+        for merged in ((), ("",)):
+            find_layers(model, merged)
+        read_pairs(model.named_parameters(), [""])
+        return time.perf_counter() - start
+
+    # Ten times as many parameters took a hundred times as long where each one copied the layer so far.
+    assert min(seconds(3000) for _ in range(3)) < 40 * min(seconds(300) for _ in range(3))

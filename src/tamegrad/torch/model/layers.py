@@ -1,11 +1,11 @@
 """Finds the layers of a PyTorch model: which module owns which parameters, and the type of each parameter.
 
 A layer is a module that directly owns parameters. All exceptions are handled here: stacked recurrent layers, attention,
-parameter lists, parametrizations, wrappers, and modules that the user merges into one layer.
+parameter lists, parametrizations, wrappers, Keras's layers, and modules that the user merges into one layer.
 """
 
 import fnmatch
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -15,7 +15,20 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from tamegrad.errors import SettingError, UnmatchedError, closest, quoted
 from tamegrad.groups import Layer, Parameter
-from tamegrad.torch.model.names import CELL_TYPES, ROOT, WRAPPED_NAMES, joined, stacked
+from tamegrad.torch.model.names import (
+    CELL_TYPES,
+    KERAS_FUNCTIONAL,
+    KERAS_VARIABLES,
+    ROOT,
+    WRAPPED_NAMES,
+    comes_from,
+    joined,
+    keras_names,
+    paths_above,
+    stacked,
+)
+from tamegrad.torch.model.tensors import is_differentiable
+from tamegrad.torch.model.torchscript import class_of
 
 __all__ = ["ModelLayers", "find_layers"]
 
@@ -69,7 +82,8 @@ def find_layers(model: nn.Module, merged: Sequence[str] = ()) -> ModelLayers:
         merged: Globs on module paths (`*` crosses dots); a matching module and everything below it form one layer.
 
     Returns:
-        The layers in the order of the model. A tied parameter belongs to its first owner.
+        The layers in the order of the model. A tied parameter belongs to its first owner; where one owner is inside the
+        other, to the inner one. Integer tensors, which cannot have gradients, are left out.
 
     Example:
         >>> from torch import nn
@@ -124,49 +138,148 @@ class _Scope:
         return replace(self, prefix=f"{self.prefix}{name}.")
 
 
+@dataclass(frozen=True, slots=True)
+class _Claim:
+    """A parameter in the layer that it belongs to, as far as the walk has come.
+
+    Args:
+        tensor: The parameter.
+        holder: The `id` of the module that owns it.
+        layer: The layer, without parameters.
+        parameter: Its names.
+    """
+
+    tensor: nn.Parameter
+    holder: int
+    layer: Layer
+    parameter: Parameter
+
+
 class _Reader:
     """One walk over a model."""
 
     def __init__(self, merged: Sequence[str]) -> None:
         self._merged = tuple(merged)
-        self._paths: list[str] = []
-        self._seen: set[int] = set()
-        self._layers: dict[str, Layer] = {}
-        self._owned: dict[str, list[nn.Parameter]] = {}
+        self._paths: dict[str, None] = {}
+        self._seen: dict[int, nn.Module] = {}
+        # The modules around the one that is read, itself included; parameter lists count as a part of their owner.
+        self._holders: dict[int, None] = {}
+        # What these modules leave out of their `named_parameters`.
+        self._hidden: frozenset[int] = frozenset()
+        self._claims: dict[int, _Claim] = {}
 
     def read(self, module: nn.Module, path: str, outer: _Scope | None) -> None:
         """Reads a module and everything below it; `outer` is the enclosing layer that it belongs to, if any."""
         module = _unwrapped(module)
         if id(module) in self._seen:
             return
-        self._seen.add(id(module))
-        self._paths.append(path)
-        scope = outer or _Scope(path, type(module))
-        takes_all = outer is not None or isinstance(module, nn.MultiheadAttention) or matches_any(path, self._merged)
+        self._seen[id(module)] = module
+        self._paths[path] = None
+        hidden_outside = self._hidden
+        self._hidden |= _hidden_by(module)
+        is_holder = outer is None or not _is_collection(module)
+        if is_holder:
+            self._holders[id(module)] = None
+        scope = outer or _Scope(path, class_of(module))
+        is_attention = issubclass(class_of(module), nn.MultiheadAttention)
+        takes_all = outer is not None or is_attention or matches_any(path, self._merged)
         for name, full_name, parameter in _direct_parameters(module):
-            if id(parameter) not in self._seen:
-                self._seen.add(id(parameter))
-                self._add(scope, name, joined(path, full_name), parameter, recurrent=not takes_all)
-        for name, child in module.named_children():
+            self._claim(self._placed(scope, name, joined(path, full_name), parameter, recurrent=not takes_all))
+        self._read_children(module, path, scope, takes_all=takes_all)
+        if is_holder:
+            del self._holders[id(module)]
+        self._hidden = hidden_outside
+
+    def _read_children(self, module: nn.Module, path: str, scope: _Scope, *, takes_all: bool) -> None:
+        children = dict(module.named_children())
+        for name, child in children.items():
             if name == "parametrizations" and parametrize.is_parametrized(module):
                 continue
-            belongs = takes_all or isinstance(child, nn.ParameterList | nn.ParameterDict)
-            self.read(child, joined(path, name), scope.below(name) if belongs else None)
+            if name == KERAS_VARIABLES and isinstance(child, nn.ParameterDict):
+                self._seen[id(child)] = child
+                taken = {*children, *module._parameters}  # noqa: SLF001  all names, hidden or not
+                self._read_variables(_keras_variables(child, taken), path, scope, takes_all=takes_all)
+            elif children.keys() == {KERAS_FUNCTIONAL, KERAS_VARIABLES}:
+                self.read(child, path, scope if takes_all else None)
+            else:
+                belongs = takes_all or _is_collection(child)
+                self.read(child, joined(path, name), scope.below(name) if belongs else None)
 
-    def _add(self, scope: _Scope, name: str, full_name: str, parameter: nn.Parameter, *, recurrent: bool) -> None:
+    def _read_variables(self, variables: dict[str, nn.Parameter], path: str, scope: _Scope, *, takes_all: bool) -> None:
+        """Reads the variables of a Keras layer and of the layers below it, which may be no modules of PyTorch's."""
+        for name, parameter in variables.items():
+            full_name = joined(path, name)
+            inner = [] if takes_all else [joined(path, above) for above in paths_above(name)[1:]]
+            if not inner:
+                self._claim(self._placed(scope, name, full_name, parameter, recurrent=False))
+                continue
+            self._paths.update(dict.fromkeys(inner))
+            layer = next((above for above in inner if matches_any(above, self._merged)), inner[-1])
+            names = Parameter(full_name, full_name.removeprefix(f"{layer}."))
+            self._claim(_Claim(parameter, self._holder, Layer(layer, ()), names))
+
+    @property
+    def _holder(self) -> int:
+        return next(reversed(self._holders))
+
+    def _placed(self, scope: _Scope, name: str, full_name: str, parameter: nn.Parameter, *, recurrent: bool) -> _Claim:
         layer, param_type, owner = scope.path, scope.prefix + name, None
         if recurrent and issubclass(scope.module_class, nn.RNNBase) and (parts := stacked(name)):
             layer, param_type, owner = joined(layer, parts.layer), parts.type, layer or ROOT
         elif recurrent and issubclass(scope.module_class, nn.RNNCellBase):
             param_type = CELL_TYPES.get(name, name)
-        layer = layer or ROOT
-        known = self._layers.setdefault(layer, Layer(layer, (), owner, scope.module_class))
-        self._layers[layer] = replace(known, parameters=(*known.parameters, Parameter(full_name, param_type)))
-        self._owned.setdefault(layer, []).append(parameter)
+        made = Layer(layer or ROOT, (), owner, scope.module_class)
+        return _Claim(parameter, self._holder, made, Parameter(full_name, param_type))
+
+    def _claim(self, claim: _Claim) -> None:
+        """Gives a parameter to its first owner, or to the innermost where one owner is inside the other."""
+        if id(claim.tensor) in self._hidden or not is_differentiable(claim.tensor):
+            return
+        known = self._claims.get(id(claim.tensor))
+        if known is not None:
+            if known.holder == claim.holder or known.holder not in self._holders:
+                return
+            # The new claim has another place in the order of the model.
+            del self._claims[id(claim.tensor)]
+        self._claims[id(claim.tensor)] = claim
 
     def result(self) -> ModelLayers:
         """Returns the layers found."""
-        return ModelLayers(tuple(self._layers.values()), tuple(map(tuple, self._owned.values())), tuple(self._paths))
+        layers: dict[str, Layer] = {}
+        claims: dict[str, list[_Claim]] = {}
+        for claim in self._claims.values():
+            layers.setdefault(claim.layer.name, claim.layer)
+            claims.setdefault(claim.layer.name, []).append(claim)
+        return ModelLayers(
+            tuple(
+                replace(layer, parameters=tuple(claim.parameter for claim in claims[name]))
+                for name, layer in layers.items()
+            ),
+            tuple(tuple(claim.tensor for claim in of_layer) for of_layer in claims.values()),
+            tuple(self._paths),
+        )
+
+
+def _is_collection(module: nn.Module) -> bool:
+    return issubclass(class_of(module), nn.ParameterList | nn.ParameterDict)
+
+
+def _keras_variables(variables: nn.ParameterDict, taken: Collection[str]) -> dict[str, nn.Parameter]:
+    """Returns the variables of a Keras layer by their names in it, which differ from those that are taken."""
+    differentiable = {key: variable for key, variable in variables.items() if is_differentiable(variable)}
+    return {
+        f"{KERAS_VARIABLES}.{name}" if name.partition(".")[0] in taken else name: differentiable[key]
+        for key, name in keras_names(differentiable).items()
+    }
+
+
+def _hidden_by(module: nn.Module) -> frozenset[int]:
+    """Returns the `id` of every parameter that a module's own `named_parameters` leaves out."""
+    if getattr(module.named_parameters, "__func__", None) is nn.Module.named_parameters:
+        return frozenset()
+    shown = {id(parameter) for _, parameter in module.named_parameters()}
+    every = {id(parameter) for _, parameter in nn.Module.named_parameters(module)}
+    return frozenset(every - shown)
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
@@ -177,13 +290,16 @@ def _unwrapped(module: nn.Module) -> nn.Module:
             module = getattr(module, names[0])
         elif isinstance(module, _PARALLEL):
             module = module.module
+        elif "_module" in module._modules and comes_from(module, "opacus"):  # noqa: SLF001  no attribute of its own
+            module = module.get_submodule("_module")
         else:
             return module
 
 
 def _direct_parameters(module: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
     """Yields name, full name and tensor of each parameter of a module; parts of a parametrized tensor have its name."""
-    for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+    # `remove_duplicate` came with PyTorch 2; a module of a user's own may not take it.
+    for name, parameter in module.named_parameters(recurse=False):
         yield _served(module, name), name, parameter
     if parametrize.is_parametrized(module):
         for tensor_name, parts in module.parametrizations.items():  # type: ignore[operator, union-attr]

@@ -1,6 +1,5 @@
 """Makes the plan of a model, and makes it anew when the model changes."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -11,7 +10,7 @@ from tamegrad.errors import UnmatchedError
 from tamegrad.groups import Plan, make_plan, unmatched_overrides
 from tamegrad.policy import Policy
 from tamegrad.torch.model.layers import ModelLayers, check_patterns, find_layers
-from tamegrad.torch.model.pairs import read_pairs
+from tamegrad.torch.model.pairs import Pairs, read_pairs
 from tamegrad.torch.model.selection import Selection
 from tamegrad.torch.model.unsupported import refuse_unsupported
 from tamegrad.torch.model.watch import ModuleWatch
@@ -20,7 +19,7 @@ from tamegrad.torch.sharded.distributed import Reduction
 
 __all__ = ["Model", "PlannedModel", "Planner"]
 
-Model: TypeAlias = nn.Module | Iterable[tuple[str, nn.Parameter]]
+Model: TypeAlias = nn.Module | Pairs
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +50,7 @@ class Planner:
         selection: Which parameters are planned for.
 
     Raises:
-        SettingError: If `model` is neither of the two.
+        SettingError: If `model` is neither of the two, or two parameters have one name.
     """
 
     def __init__(self, model: Model, settings: Settings, selection: Selection) -> None:

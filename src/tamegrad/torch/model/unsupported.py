@@ -2,6 +2,7 @@
 
 from tamegrad.errors import SettingError
 from tamegrad.torch.model.layers import ModelLayers
+from tamegrad.torch.model.names import comes_from
 
 __all__ = ["refuse_deepspeed", "refuse_unsupported"]
 
@@ -42,7 +43,7 @@ def refuse_deepspeed(where: str, owner: object) -> None:
     Raises:
         SettingError: If its class is from DeepSpeed.
     """
-    if any(base.__module__.partition(".")[0] == "deepspeed" for base in type(owner).__mro__):
+    if comes_from(owner, "deepspeed"):
         raise _deepspeed_error(where, f"a {type(owner).__name__} from DeepSpeed")
 
 

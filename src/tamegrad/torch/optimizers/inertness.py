@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from tamegrad.errors import Line, warn
 
@@ -38,7 +39,12 @@ class InertnessWatch:
     def watch(self, parameters: Sequence[nn.Parameter]) -> None:
         """Watches some of the parameters: the first, the middle and the last that are trained."""
         self.stop()
-        trained = [parameter for parameter in parameters if parameter.requires_grad and parameter.is_leaf]
+        trained = [
+            parameter
+            for parameter in parameters
+            # A lazy one has no memory before the first forward pass.
+            if parameter.requires_grad and parameter.is_leaf and not is_lazy(parameter)
+        ]
         places = {0, len(trained) // 2, len(trained) - 1} if trained else set[int]()
         self._watched = [_Watched(trained[place], self) for place in places]
 
