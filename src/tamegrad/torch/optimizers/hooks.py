@@ -198,12 +198,10 @@ class StepHooks:
 
     def _hide(self, optimizer: Optimizer) -> None:
         """Hides gradients: a hook cannot cancel a step, but no optimizer touches a parameter without a gradient."""
-        if self.report is not None and self.report.skipped:
-            left_out = held_by(optimizer)
-        else:
-            left_out = [parameter for parameter in held_by(optimizer) if id(parameter) in self._left_out]
-        for parameter in left_out:
-            if parameter.grad is not None:
+        skipped = self.report is not None and self.report.skipped
+        # Most steps hide nothing, and looking at every parameter takes time.
+        for parameter in held_by(optimizer) if skipped or self._left_out else []:
+            if parameter.grad is not None and (skipped or id(parameter) in self._left_out):
                 self._hidden.append((parameter, parameter.grad))
                 parameter.grad = None
 
@@ -229,6 +227,6 @@ class StepHooks:
             )
 
     def _watch_parameters(self) -> None:
-        if self._normalizer.plan is not self._watched_plan:
+        if self._normalizer.plan is not self._watched_plan or not self.watch.is_watching:
             self._watched_plan = self._normalizer.plan
             self.watch.watch([parameter for one in self.optimizers for parameter in held_by(one)])

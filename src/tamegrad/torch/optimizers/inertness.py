@@ -36,6 +36,11 @@ class InertnessWatch:
         self._steps = 0
         self._warned = False
 
+    @property
+    def is_watching(self) -> bool:
+        """Whether there is a parameter to look at."""
+        return bool(self._watched)
+
     def watch(self, parameters: Sequence[nn.Parameter]) -> None:
         """Watches some of the parameters: the first, the middle and the last that are trained."""
         self.stop()
