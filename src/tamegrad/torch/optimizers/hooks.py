@@ -59,7 +59,7 @@ class StepHooks:
         self._stepped: set[int] = set()
         self._running = 0
         self._is_normalized = False
-        self._left_out: set[int] = set()
+        self._left_out: set[nn.Parameter] = set()
         self._hidden: list[tuple[nn.Parameter, Tensor]] = []
         self._before_round: tuple[int, Report[Tensor] | None] = (0, None)
         self._warned_about_change = False
@@ -183,7 +183,7 @@ class StepHooks:
                 if hasattr(optimizer, name):
                     delattr(optimizer, name)
             raise
-        self._left_out = set(map(id, self._normalizer._left_out(self.report)))  # noqa: SLF001
+        self._left_out = set(self._normalizer._left_out(self.report))  # noqa: SLF001
         self._is_normalized = True
         self._stepped = {self._numbers[optimizer]}
         self._hide(optimizer)
@@ -201,7 +201,7 @@ class StepHooks:
         skipped = self.report is not None and self.report.skipped
         # Most steps hide nothing, and looking at every parameter takes time.
         for parameter in held_by(optimizer) if skipped or self._left_out else []:
-            if parameter.grad is not None and (skipped or id(parameter) in self._left_out):
+            if parameter.grad is not None and (skipped or parameter in self._left_out):
                 self._hidden.append((parameter, parameter.grad))
                 parameter.grad = None
 
