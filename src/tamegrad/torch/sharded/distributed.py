@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from tamegrad.decide import COLUMNS
+from tamegrad.decide import COLUMNS, may_overflow
 from tamegrad.errors import SettingError, TamegradError, UnmatchedError
 from tamegrad.groups import Plan
 from tamegrad.torch.sharded.sharding import first_rank, is_counted, is_sharded, mesh_of, ranks_together
@@ -117,6 +117,30 @@ class Reduction:
             table, total = stages.reduce(table, total)
         return table, total
 
+    @property
+    def has_stages(self) -> bool:
+        """Whether the model is one stage of a pipeline."""
+        return bool(self._stages)
+
+    @property
+    def grows_to(self) -> float:
+        """As in `Rules`, over the groups that the stages of a pipeline share."""
+        return max((stages.grows_to for stages in self._stages), default=0.0)
+
+    def reduce_peaks(self, peaks: Tensor, *, scaled: bool) -> Tensor:
+        """Returns the largest of all ranks' peaks; every rank must call it.
+
+        Args:
+            peaks: `(G,)` float64, of what this rank counts.
+            scaled: Whether gradients are multiplied by a loss scale.
+        """
+        if self._group is not None:
+            peaks = _reduce(peaks, self._group, self._device, dist.ReduceOp.MAX)
+        for stages in self._stages:
+            if may_overflow(stages.grows_to, scaled=scaled):
+                peaks = stages.reduce_peaks(peaks)
+        return peaks
+
     def reduce_counts(self, counts: Tensor) -> Tensor:
         """Sums `(P, N)` counts, one row a parameter, over the ranks; every rank must call it."""
         if self._group is None:
@@ -163,6 +187,7 @@ class _Stages:
     def __init__(self, group: "ProcessGroup", device: torch.device) -> None:
         self._group = group
         self._device = device
+        self.grows_to = 0.0
         self._count = 0
         self._rows = self._places = torch.zeros(0, dtype=torch.int64, device="cpu")
 
@@ -174,8 +199,10 @@ class _Stages:
         mine = {group.name: str(group.strategy) for _, group in groups}
         shared: dict[str, str] = {}
         nowhere = set(unmatched)
-        answers = _gathered((mine, set(unmatched), None if problem is None else str(problem)), self._group)
-        for rank, (theirs, missing, failed) in zip(dist.get_process_group_ranks(self._group), answers, strict=True):
+        grows_to = max((group.strategy.grows_to for _, group in groups), default=0.0)
+        card = mine, set(unmatched), None if problem is None else str(problem), grows_to
+        answers = _gathered(card, self._group)
+        for rank, (theirs, missing, failed, _) in zip(dist.get_process_group_ranks(self._group), answers, strict=True):
             nowhere &= missing
             if failed is not None:
                 return _stage_error(f"an error on rank {rank}: {failed}", f"fix the error on rank {rank}")
@@ -185,6 +212,7 @@ class _Stages:
                     return _stage_error(both, 'give every stage the same strategies with per="model"')
         if nowhere:
             return next(error for name, error in unmatched.items() if name in nowhere)
+        self.grows_to = max(grows_to for *_, grows_to in answers)
         names = list(shared)
         self._count = len(names)
         self._rows = torch.tensor([row for row, _ in groups], dtype=torch.int64, device="cpu")
@@ -201,6 +229,13 @@ class _Stages:
         packed = _sum(packed, self._group, self._device)
         table.index_copy_(0, self._rows, packed.index_select(0, self._places))
         return table, packed[-1]
+
+    def reduce_peaks(self, peaks: Tensor) -> Tensor:
+        """Returns the peaks with the largest of all stages in the shared rows."""
+        packed = peaks.new_zeros(self._count)
+        packed.index_copy_(0, self._places, peaks.index_select(0, self._rows))
+        packed = _reduce(packed, self._group, self._device, dist.ReduceOp.MAX)
+        return peaks.index_copy_(0, self._rows, packed.index_select(0, self._places))
 
 
 def check_process_groups(process_groups: Sequence["ProcessGroup"]) -> None:
@@ -262,8 +297,12 @@ def _gathered(mine: Any, group: "ProcessGroup") -> list[Any]:  # noqa: ANN401  a
 
 
 def _sum(tensor: Tensor, group: "ProcessGroup", device: torch.device) -> Tensor:
+    return _reduce(tensor, group, device, dist.ReduceOp.SUM)
+
+
+def _reduce(tensor: Tensor, group: "ProcessGroup", device: torch.device, operation: Any) -> Tensor:  # noqa: ANN401
     moved = tensor.to(device)
-    dist.all_reduce(moved, group=group)
+    dist.all_reduce(moved, operation, group=group)
     return moved.to(tensor.device)
 
 
