@@ -16,6 +16,7 @@ from tamegrad.torch.backends.tensorwise import count_nonfinite
 from tamegrad.torch.gradients import Gradients, collect
 from tamegrad.torch.model.planning import PlannedModel
 from tamegrad.torch.settings import Settings
+from tamegrad.torch.sharded.agreement import describe_policy
 from tamegrad.torch.sharded.sharding import mesh_of
 
 __all__ = ["Step"]
@@ -28,6 +29,9 @@ class Step:
         planned: The plan and its parameters.
         settings: What the user set.
 
+    Raises:
+        SettingError: If another rank has other settings; then every rank raises.
+
     Attributes:
         plan: The plan.
         parameters: The parameters, in its order.
@@ -36,6 +40,11 @@ class Step:
     """
 
     def __init__(self, planned: PlannedModel, settings: Settings) -> None:
+        # First, since after an error on one rank alone the others would wait for it.
+        planned.reduction.agree_on_settings(
+            settings.on_nonfinite,
+            [f"layers: {tuple(settings.layers)}", *describe_policy(settings.policy)],
+        )
         self.plan = planned.plan
         self.parameters = planned.parameters
         self.backend: SelectedBackend = select(settings.backend, planned.parameters)

@@ -4,7 +4,6 @@ Every rank measures its own shards; replicas are counted once. The plan fixes th
 whichever gradients are present, so that no rank waits for another that has nothing to add.
 """
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from torch import distributed as dist
 from tamegrad.decide import COLUMNS, may_overflow
 from tamegrad.errors import SettingError, TamegradError, UnmatchedError
 from tamegrad.groups import Plan
+from tamegrad.torch.sharded.agreement import describe_plan, describe_strategy, difference, gathered
 from tamegrad.torch.sharded.sharding import first_rank, is_counted, is_sharded, mesh_of, ranks_together
 
 if TYPE_CHECKING:
@@ -32,12 +32,10 @@ class _Card:
 
     Args:
         problem: The error that left it without a plan, if any.
-        digest: A digest of its plan.
         firsts: The first rank of each of its meshes.
     """
 
     problem: str | None
-    digest: str
     firsts: tuple[int, ...]
 
 
@@ -98,6 +96,27 @@ class Reduction:
         assert plan is not None
         return plan
 
+    def agree_on_settings(self, on_nonfinite: str, others: Sequence[str]) -> None:
+        """Compares the settings of the ranks, once their plans are equal; every rank must call it.
+
+        Args:
+            on_nonfinite: What the stages of a pipeline have to agree on, too.
+            others: The other settings, as lines.
+
+        Raises:
+            SettingError: If another rank has other settings; then every rank raises.
+        """
+        line = f"on_nonfinite: {on_nonfinite}"
+        problem = None
+        if self._group is not None:
+            problem = difference([line, *others], self._group, "settings")
+        for stages in self._stages:
+            # No rank raises before the last collective, which the others would wait for.
+            found = stages.difference([line])
+            problem = problem or found
+        if problem is not None:
+            raise problem
+
     def reduce(self, table: Tensor) -> tuple[Tensor, Tensor | None]:
         """Sums the tables of the ranks; every rank must call it.
 
@@ -149,11 +168,11 @@ class Reduction:
 
     def _compare(self, group: "ProcessGroup", plan: Plan | None, problem: TamegradError | None) -> TamegradError | None:
         """Compares plans and settles which rank counts which shard; returns an error if the ranks cannot go on."""
-        lines = _described(plan, self._parameters) if plan is not None else []
-        digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        sizes = tuple(stages.size for stages in self._stages)
+        lines = [f"sizes of process_groups: {sizes}"]
+        lines += describe_plan(plan, self._parameters) if plan is not None else []
         firsts = tuple(map(first_rank, self._meshes))
-        card = _Card(None if problem is None else str(problem), digest, firsts)
-        cards: list[_Card] = _gathered(card, group)
+        cards: list[_Card] = gathered(_Card(None if problem is None else str(problem), firsts), group)
         failed = {rank: card.problem for rank, card in zip(self._ranks, cards, strict=True) if card.problem is not None}
         if failed:
             rank, message = next(iter(failed.items()))
@@ -163,8 +182,9 @@ class Reduction:
                 allowed="the same model and the same settings on every rank",
                 advice=f"fix the error on rank {rank}",
             )
-        if any(other.digest != digest for other in cards):
-            return _difference(lines, group, self._ranks)
+        found = difference(lines, group, "plans")
+        if found is not None:
+            return found
         slices = {}
         for mesh, first, *all_firsts in zip(self._meshes, firsts, *(card.firsts for card in cards), strict=True):
             known = sorted(set(all_firsts))
@@ -196,12 +216,12 @@ class _Stages:
     ) -> TamegradError | None:
         """Finds the groups that the stages share; returns an error if they cannot go on."""
         groups = [] if plan is None else [(row, g) for row, g in enumerate(plan.groups) if g.strategy.per == "model"]
-        mine = {group.name: str(group.strategy) for _, group in groups}
+        mine = {group.name: describe_strategy(group.strategy) for _, group in groups}
         shared: dict[str, str] = {}
         nowhere = set(unmatched)
         grows_to = max((group.strategy.grows_to for _, group in groups), default=0.0)
         card = mine, set(unmatched), None if problem is None else str(problem), grows_to
-        answers = _gathered(card, self._group)
+        answers = gathered(card, self._group)
         for rank, (theirs, missing, failed, _) in zip(dist.get_process_group_ranks(self._group), answers, strict=True):
             nowhere &= missing
             if failed is not None:
@@ -218,6 +238,15 @@ class _Stages:
         self._rows = torch.tensor([row for row, _ in groups], dtype=torch.int64, device="cpu")
         self._places = torch.tensor([names.index(group.name) for _, group in groups], dtype=torch.int64, device="cpu")
         return None
+
+    @property
+    def size(self) -> int:
+        """The number of stages."""
+        return dist.get_world_size(self._group)
+
+    def difference(self, lines: Sequence[str]) -> SettingError | None:
+        """Compares settings; returns an error if the stages differ."""
+        return difference(lines, self._group, "settings")
 
     def reduce(self, table: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
         """Sums the shared rows, and the totals, over the stages."""
@@ -260,40 +289,6 @@ def check_process_groups(process_groups: Sequence["ProcessGroup"]) -> None:
 
 def _stage_error(got: str, advice: str) -> SettingError:
     return SettingError("process_groups", got=got, allowed="stages that agree on the groups they share", advice=advice)
-
-
-def _difference(lines: list[str], group: "ProcessGroup", ranks: Sequence[int]) -> SettingError:
-    """Finds where the plans differ from the first rank's; every rank must call it."""
-    theirs: list[list[str]] = [lines if dist.get_rank() == ranks[0] else []]
-    dist.broadcast_object_list(theirs, src=ranks[0], group=group)
-    longest = max(len(lines), len(theirs[0]))
-    pairs = zip(*(side + ["(end of plan)"] * (longest - len(side)) for side in (theirs[0], lines)), strict=True)
-    found = _gathered(next((pair for pair in pairs if pair[0] != pair[1]), None), group)
-    other = [rank for rank, pair in zip(ranks, found, strict=True) if pair is not None]
-    first, here = found[ranks.index(other[0])]
-    return SettingError(
-        "the plans of the ranks",
-        got=f"plans that differ from rank {ranks[0]}'s on {len(other)} of {len(ranks)} ranks, first on rank {other[0]}"
-        f": {here!r} instead of {first!r}",
-        allowed="the same model and the same settings on every rank",
-        advice="build the same model, meshes and policy on every rank; print(normalizer.plan) shows a plan",
-    )
-
-
-def _described(plan: Plan, parameters: Sequence[Any]) -> list[str]:
-    """Returns what must be the same on all ranks, as lines of text."""
-    lines = [f"{group.name}: {group.strategy}" for group in plan.groups]
-    for entry, group, parameter in zip(plan.parameters, plan.group_of, parameters, strict=True):
-        mesh = mesh_of(parameter)
-        where = "" if mesh is None else f" as {[str(placement) for placement in parameter.placements]} on {mesh.shape}"
-        lines.append(f"{entry.name} in group {group}: {tuple(parameter.shape)}{where}")
-    return lines
-
-
-def _gathered(mine: Any, group: "ProcessGroup") -> list[Any]:  # noqa: ANN401  anything picklable
-    everyone: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, mine, group=group)
-    return everyone
 
 
 def _sum(tensor: Tensor, group: "ProcessGroup", device: torch.device) -> Tensor:
