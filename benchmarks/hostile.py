@@ -170,6 +170,18 @@ Under its default `on_nonfinite="keep"` tamegrad leaves a group that holds NaN o
 Under `Clip(per="model")` that group is the whole model, so nothing is clipped in such a step; under `ClipValue` it is
 the layer, so its other values are not clipped either, while the other tools clip them and turn an infinity into the
 threshold. `on_nonfinite="zero"`, `"skip"` or `"raise"` handles such a group.
+
+## Groups that grow past their dtype
+
+`Renormalize`, or a strategy of your own, can make a group larger, and under `torch.amp.GradScaler` a fused optimizer
+leaves gradients multiplied by the loss scale. A float16 group of norm 1 under the default scale of 65,536 then has the
+norm 65,536, while the largest float16 is 65,504.
+
+- Elements decide, not norms: a group of which every element fits ends with its right norm.
+- If an element would not fit, the group keeps its direction and ends with the largest norm that fits. The report shows
+  it: `norm_after` is 0.9995 where one element has the whole norm of such a group. No element becomes infinite.
+- The same goes for every dtype, every backend, sharded models and `tamegrad.normalize`.
+- `Clip` and `ClipValue` never make anything larger, so no threshold is too large for a dtype.
 """
 
 

@@ -1,6 +1,7 @@
 """`decide` is one pure function: the same on NumPy, PyTorch and JAX arrays, and right past the range of float64."""
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -59,19 +60,32 @@ def random_table(ranges: tuple[int, ...]) -> NDArray[np.float64]:
     return table
 
 
-@pytest.mark.parametrize("loss_scale", [None, 1024.0])
+# At the largest float64, somewhat below it, far from it, and where no element may overflow.
+PEAKS = np.resize([sys.float_info.max, 1e305, 1e-5, 0.0], GROUPS)
+
+
+@pytest.mark.parametrize(("loss_scale", "with_peaks"), [(None, False), (1024.0, False), (1024.0, True)])
 @pytest.mark.parametrize("on_nonfinite", get_args(OnNonfinite))
 @pytest.mark.parametrize("ranges", [(1,), (0, 1, 2)])
 def test_decides_the_same_in_every_framework(
-    ranges: tuple[int, ...], on_nonfinite: OnNonfinite, loss_scale: float | None, framework: Any
+    ranges: tuple[int, ...], on_nonfinite: OnNonfinite, loss_scale: float | None, *, with_peaks: bool, framework: Any
 ) -> None:
     table = random_table(ranges)
     strategies = every_strategy()
     rules = Rules.of(groups_of([strategies[index % len(strategies)] for index in range(GROUPS)]))
-    on_host = decide(table, rules, np, on_nonfinite=on_nonfinite, loss_scale=loss_scale)
+    on_host = decide(
+        table, rules, np, on_nonfinite=on_nonfinite, loss_scale=loss_scale, peaks=PEAKS if with_peaks else None
+    )
     xp, convert = framework
     converted = rules.converted(convert)
-    elsewhere = decide(convert(table), converted, xp, on_nonfinite=on_nonfinite, loss_scale=loss_scale)
+    elsewhere = decide(
+        convert(table),
+        converted,
+        xp,
+        on_nonfinite=on_nonfinite,
+        loss_scale=loss_scale,
+        peaks=convert(PEAKS) if with_peaks else None,
+    )
     for name in DECIDED:
         ours, theirs = getattr(on_host, name), getattr(elsewhere, name)
         if theirs is None:
@@ -152,6 +166,24 @@ def test_a_norm_that_only_the_loss_scale_puts_past_float64_is_reported() -> None
     scaled = decide(table, rules, np, on_nonfinite="keep", loss_scale=8.0)
     assert scaled.norms.tolist() == [pytest.approx(1.7e308 / 4)]
     assert scaled.total_norm == scaled.norms[0]
+
+
+def test_a_group_grows_until_its_largest_element_is_at_the_limit() -> None:
+    # The largest element of the second is half of what its dtype holds.
+    peaks = np.array([0.0, sys.float_info.max / 2, sys.float_info.max])
+    decision: Any = decide(
+        a_table([0.1] * 3), Rules.of(groups_of([Renormalize()] * 3)), np, on_nonfinite="keep", peaks=peaks
+    )
+    assert decision.norms_after.tolist() == [1.0, pytest.approx(0.2, rel=1e-15), 0.1]
+    assert decision.changed.tolist() == [True, True, False]
+    assert decision.reach(2.0).tolist() == [2.0, pytest.approx(0.4), 0.0]
+
+
+@pytest.mark.parametrize("strategy", every_strategy(), ids=str)
+def test_a_strategy_says_what_norms_grow_to(strategy: Strategy) -> None:
+    norms = np.array([1e-300, 1e-3, 0.5, 1.0, 3.0, 1e300])
+    after = Rules.of(groups_of([strategy] * len(norms))).targets(norms, np)
+    assert (after[after > norms] <= strategy.grows_to).all()
 
 
 @dataclass(frozen=True)

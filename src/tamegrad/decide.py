@@ -10,6 +10,7 @@ underflows; the squares of float32 and smaller dtypes all fit the middle range.
 
 import copy
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,19 @@ from tamegrad.errors import SettingError
 from tamegrad.groups import Group
 from tamegrad.strategies import AnyArray, OnNonfinite, Strategy
 
-__all__ = ["AFTER", "BEFORE", "COLUMNS", "CUT", "NONFINITE", "Decision", "Rules", "decide"]
+__all__ = [
+    "AFTER",
+    "BEFORE",
+    "COLUMNS",
+    "CUT",
+    "FULL",
+    "LARGEST_ANYWHERE",
+    "NONFINITE",
+    "Decision",
+    "Rules",
+    "decide",
+    "may_overflow",
+]
 
 # Columns of the table: sums of squares before (small, middle, big), counts of NaN, +inf and -inf, and for groups with a
 # limit on elements the sums of squares after (small, middle, big) and how many values, or blocks of them, are cut.
@@ -43,6 +56,11 @@ SMALLEST_NORMAL = 2.0**-1022
 SAFE_ABOVE, SAFE_BELOW = 2.0**-900, 2.0**972
 # The powers of two that a float64 holds.
 SMALLEST_EXPONENT, LARGEST_EXPONENT = -1074, 1023
+# The largest number of float16: up to here no dtype overflows.
+LARGEST_ANYWHERE = 65504.0
+# What an element may become where it has to be limited, as a part of the largest number of its dtype. Products of
+# float64 round to that number from here, and none is infinite.
+FULL = 1 - 2.0**-50
 
 ArrayT = TypeVar("ArrayT")
 
@@ -57,12 +75,14 @@ class Rules(Generic[ArrayT]):
             array of the groups that it governs; None if it governs all.
         limits: `(G,)` float64: the largest magnitude of an element; infinity where there is no limit.
         has_limits: Whether any limit is finite.
+        grows_to: The largest norm that a strategy may give a group whose norm is smaller.
     """
 
     groups: tuple[str, ...]
     strategies: tuple[tuple[Strategy, ArrayT | None], ...]
     limits: ArrayT
     has_limits: bool
+    grows_to: float
 
     @classmethod
     def of(cls, groups: Sequence[Group]) -> "Rules[NDArray[Any]]":
@@ -78,7 +98,8 @@ class Rules(Generic[ArrayT]):
             stacked = _stacked([groups[index].strategy for index in indices], governed)
             strategies.append((stacked, None if governed.all() else governed))
         names = tuple(group.name for group in groups)
-        return Rules(names, tuple(strategies), limits, bool(np.isfinite(limits).any()))
+        grows_to = max((groups[index].strategy.grows_to for index in itertools.chain(*members.values())), default=0.0)
+        return Rules(names, tuple(strategies), limits, bool(np.isfinite(limits).any()), grows_to)
 
     def converted(self, convert: Callable[[Any], Any]) -> "Rules[Any]":
         """Returns the rules with every array converted, to another framework or a device."""
@@ -86,7 +107,7 @@ class Rules(Generic[ArrayT]):
         for strategy, governed in self.strategies:
             arrays = {name: convert(value) for name, value in _floats(strategy).items()}
             strategies.append((_replaced(strategy, arrays), None if governed is None else convert(governed)))
-        return Rules(self.groups, tuple(strategies), convert(self.limits), self.has_limits)
+        return Rules(self.groups, tuple(strategies), convert(self.limits), self.has_limits, self.grows_to)
 
     def targets(self, norms: AnyArray, xp: ModuleType) -> AnyArray:
         """Returns the norms that groups should end with; one call a strategy class.
@@ -143,6 +164,18 @@ class Decision(Generic[ArrayT]):
             changed = changed | (decision.limits < math.inf)
         return changed if decision.zeroed is None else changed | decision.zeroed
 
+    def reach(self, loss_scale: float | AnyArray | None) -> AnyArray:
+        """Returns the largest magnitude that an element may have afterwards in groups that grow, else 0; `(G,)`.
+
+        Args:
+            loss_scale: As in `decide`: elements are multiplied by it, norms are not.
+        """
+        decision: Any = self
+        with np.errstate(all="ignore"):
+            stored = decision.norms_after if loss_scale is None else decision.norms_after * loss_scale
+            # No element is larger than the norm. Where that is infinite or NaN, no group grows.
+            return stored * (decision.norms_after > decision.norms)
+
 
 def decide(
     table: AnyArray,
@@ -152,6 +185,7 @@ def decide(
     on_nonfinite: OnNonfinite,
     loss_scale: float | AnyArray | None = None,
     total: AnyArray | None = None,
+    peaks: AnyArray | None = None,
 ) -> Decision[Any]:
     """Decides on every group from the measurements; never reads a device.
 
@@ -163,6 +197,9 @@ def decide(
         loss_scale: The loss scale of the gradients, a number or a 0-dim array; None without one. Reports and strategies
             get norms without it.
         total: `(COLUMNS,)` sums over all groups of all pipeline stages; None if this is the only stage.
+        peaks: `(G,)` float64: the largest magnitude of each group, times the largest float64 over the largest number of
+            its dtype; 0 where no element can overflow. A group grows no further than its peak allows. None if nothing
+            can overflow, or to find out with `Decision.reach` what might.
 
     Returns:
         The decision. A group that is not finite has scale 1, or 0 if it is zeroed. Where a strategy returned no usable
@@ -205,6 +242,10 @@ def decide(
         if xp is np:
             _refuse_unusable(rules, norms, targets, wanted & ~usable)
         rescaled = wanted & usable
+        if peaks is not None:
+            most = xp.maximum(norms, xp.minimum(targets, _ceilings(xp, root, exponent, peaks)))
+            targets = xp.where(targets > norms, most, targets)
+            rescaled = rescaled & (targets != norms)
         norms_after = xp.where(rescaled, targets, norms)
         first, second, scale = _factors(xp, norms_after, root, exponent, rescaled)
         scales, clipped = xp.where(wanted & ~usable, math.nan, scale), rescaled & (targets < norms)
@@ -223,6 +264,16 @@ def decide(
             zeroed = ~finite
             norms_after, scales = xp.where(zeroed, 0.0, norms_after), xp.where(zeroed, 0.0, scales)
         return Decision(norms, scales, norms_after, clipped, nonfinite, total_norm, first, second, limits, zeroed)
+
+
+def may_overflow(grows_to: float, *, scaled: bool) -> bool:
+    """Returns whether an element may grow past the largest number of some dtype, as far as strategies alone tell.
+
+    Args:
+        grows_to: As in `Rules`.
+        scaled: Whether gradients are multiplied by a loss scale.
+    """
+    return grows_to > (0.0 if scaled else LARGEST_ANYWHERE)
 
 
 def _factors(
@@ -244,6 +295,16 @@ def _factors(
     first = xp.where(fits, one, _ldexp(xp, one, half))
     second = xp.where(fits, scale, _ldexp(xp, ratio, xp.clip(power - half, SMALLEST_EXPONENT, LARGEST_EXPONENT)))
     return first, second, scale
+
+
+def _ceilings(xp: ModuleType, root: AnyArray, exponent: AnyArray, peaks: AnyArray) -> AnyArray:
+    """Returns the norms that groups with norms `root·2^exponent` have when their largest elements are at the limit."""
+    mantissa, power = xp.frexp(peaks)
+    root_mantissa, root_power = xp.frexp(root)
+    # The largest float64 is 2^1024, but for its last bit.
+    ratio = root_mantissa * FULL / mantissa
+    ceilings = _ldexp(xp, ratio, root_power - power + exponent + (LARGEST_EXPONENT + 1))
+    return xp.where(peaks > 0, ceilings, math.inf)
 
 
 def _ldexp(xp: ModuleType, values: AnyArray, exponent: AnyArray) -> AnyArray:

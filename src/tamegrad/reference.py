@@ -83,7 +83,8 @@ def normalize(
         if nonfinite and on_nonfinite == "zero":
             arrays = [np.zeros_like(array) for array in members]
         elif not nonfinite and not skipped:
-            arrays, clipped = _apply(group.strategy, members)
+            dtypes = [given[member].dtype for member in group.members]
+            arrays, clipped = _apply(group.strategy, members, dtypes)
         rows.append(_row(group.name, members, arrays, clipped=clipped, nonfinite=nonfinite))
         for member, array in zip(group.members, arrays, strict=True):
             after[member] = array.astype(given[member].dtype)
@@ -127,14 +128,19 @@ def norm_of(group: Group) -> Norm:
     return Norm(math.sqrt(squares), exponent)
 
 
-def _apply(strategy: Strategy, group: Group) -> tuple[Group, bool]:
-    """Returns a finite group after its strategy (the same object if unchanged), and whether it shrank."""
+def _apply(strategy: Strategy, group: Group, dtypes: Sequence[np.dtype[Any]]) -> tuple[Group, bool]:
+    """Returns a finite group after its strategy (the same object if unchanged), and whether it shrank.
+
+    A group does not grow until an element is past the largest number of its dtype.
+    """
     norm = norm_of(group)
     if strategy.limit < math.inf:
         if not any((np.abs(array) > strategy.limit).any() for array in group):
             return group, False
         return [_limited(array, strategy.limit) for array in group], True
     target = _target(strategy, norm.value)
+    if target > norm.value > 0:
+        target = max(norm.value, min(target, _largest_norm(group, dtypes, norm)))
     if norm.value in {0.0, target}:
         return group, False
     return _rescaled(group, norm, target), target < norm.value
@@ -166,6 +172,19 @@ def _own_target(strategy: Strategy, norm: float) -> float:
             advice="return the norm itself where nothing should change",
         )
     return target
+
+
+def _largest_norm(group: Group, dtypes: Sequence[np.dtype[Any]], norm: Norm) -> float:
+    """Returns the norm at which the first element is as large as its dtype allows; infinite if it is past 1.8e308."""
+    most = math.inf
+    for array, dtype in zip(group, dtypes, strict=True):
+        mantissa, exponent = math.frexp(float(np.abs(_as_real(array)).max(initial=0.0)))
+        if mantissa > 0:
+            largest, largest_exponent = math.frexp(float(np.finfo(dtype).max))
+            # Four roundings below the largest number, which float16 and float32 round away.
+            part = norm.mantissa / mantissa * largest * (1 - 2.0**-50)
+            most = min(most, _ldexp(part, norm.exponent + largest_exponent - exponent))
+    return most
 
 
 def _rescaled(group: Group, norm: Norm, target: float) -> Group:

@@ -75,8 +75,9 @@ class Strategy:
             xp: The namespace of `norms`: `numpy`, `torch` or `jax.numpy`. Use functions that all three have.
 
         Returns:
-            `(G,)` float64, the norms after: 0 or larger, and equal to `norms` where nothing should change. What is
-            returned for groups that are zero or not finite is ignored. On the CPU a target that is NaN, negative or
+            `(G,)` float64, the norms after: 0 or larger, and equal to `norms` where nothing should change. A group with
+            an element that would grow past the largest number of its dtype ends with the largest norm that fits. What
+            is returned for groups that are zero or not finite is ignored. On the CPU a target that is NaN, negative or
             infinite raises `SettingError` before any gradient is changed; on a device, where looking would make the
             host wait, such a group is left as it is and its scale in the report is NaN. Another shape always raises.
         """
@@ -91,6 +92,15 @@ class Strategy:
         """
         return math.inf
 
+    @property
+    def grows_to(self) -> float:
+        """The largest norm that `target` may give a group whose norm is smaller; 0 if no norm ever grows.
+
+        Infinity unless the strategy says otherwise: then a step also checks that no element grows past the largest
+        number of its dtype, which on a device takes one more look at every value.
+        """
+        return math.inf
+
 
 @dataclass(frozen=True, slots=True)
 class Keep(Strategy):
@@ -100,6 +110,11 @@ class Keep(Strategy):
         >>> Keep()
         Keep()
     """
+
+    @property
+    def grows_to(self) -> float:
+        """0: no norm grows."""
+        return 0.0
 
     def __str__(self) -> str:
         return "Keep()"
@@ -134,6 +149,11 @@ class Clip(Strategy):
     def target(self, norms: AnyArray, xp: ModuleType) -> AnyArray:
         """Returns the norms, at most the threshold."""
         return xp.minimum(norms, self.threshold)
+
+    @property
+    def grows_to(self) -> float:
+        """0: no norm grows."""
+        return 0.0
 
     def __str__(self) -> str:
         return f'Clip({self.threshold:g}, per="{self.per}")'
@@ -173,6 +193,10 @@ class ClipValue(Strategy):
 class Renormalize(Strategy):
     """`G/‖G‖`: the norm of every group becomes 1, however small or large it was; a zero group stays zero.
 
+    While gradients are multiplied by a loss scale, an element may be past the largest number of its dtype before the
+    norm is 1: 65,536 in float16, where 65,504 is the largest. Such a group ends with the largest norm that fits, which
+    its report shows.
+
     Steps never shrink under this strategy, so a run that has converged keeps moving by the learning rate.
 
     Args:
@@ -195,6 +219,11 @@ class Renormalize(Strategy):
     def target(self, norms: AnyArray, xp: ModuleType) -> AnyArray:
         """Returns 1 for every group."""
         return xp.ones_like(norms)
+
+    @property
+    def grows_to(self) -> float:
+        """1."""
+        return 1.0
 
     def __str__(self) -> str:
         return f'Renormalize(per="{self.per}")'

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tamegrad.decide import NONFINITE, Decision
+from tamegrad.decide import LARGEST_ANYWHERE, NONFINITE, Decision, may_overflow
 from tamegrad.errors import NonFiniteGradientError, SettingError
 from tamegrad.report import Report
 from tamegrad.strategies import OnNonfinite
@@ -16,6 +16,7 @@ from tamegrad.torch.backends.tensorwise import count_nonfinite
 from tamegrad.torch.gradients import Gradients, collect
 from tamegrad.torch.model.planning import PlannedModel
 from tamegrad.torch.settings import Settings
+from tamegrad.torch.sharded.agreement import describe_policy
 from tamegrad.torch.sharded.sharding import mesh_of
 
 __all__ = ["Step"]
@@ -31,6 +32,9 @@ class Step:
         planned: The plan and its parameters.
         settings: What the user set.
 
+    Raises:
+        SettingError: If another rank has other settings; then every rank raises.
+
     Attributes:
         plan: The plan.
         parameters: The parameters, in its order.
@@ -39,6 +43,11 @@ class Step:
     """
 
     def __init__(self, planned: PlannedModel, settings: Settings) -> None:
+        # First, since after an error on one rank alone the others would wait for it.
+        planned.reduction.agree_on_settings(
+            settings.on_nonfinite,
+            [f"layers: {tuple(settings.layers)}", *describe_policy(settings.policy)],
+        )
         self.plan = planned.plan
         self.parameters = planned.parameters
         self.backend: SelectedBackend = select(settings.backend, planned.parameters)
@@ -48,6 +57,7 @@ class Step:
         self._backend: Backend = BACKENDS[self.backend.name](self.plan, planned.reduction.counted)
         self._names = tuple(parameter.name for parameter in self.plan.parameters)
         self._sharded = any(mesh_of(parameter) is not None for parameter in self.parameters)
+        self._on_host = all(parameter.device.type == "cpu" for parameter in self.parameters)
         self._group_names = tuple(group.name for group in self.plan.groups)
 
     def collect(self) -> Gradients:
@@ -72,13 +82,12 @@ class Step:
         """
         table, total = self._reduction.reduce(self._backend.measure(gradients, loss_scale))
         self.nonfinite_steps = self.nonfinite_steps.to(table.device)
-        decision = self._backend.decide(
-            table,
-            on_nonfinite=self._on_nonfinite,
-            nonfinite_steps=self.nonfinite_steps,
-            loss_scale=loss_scale,
-            total=total,
-        )
+        known: dict[str, Any] = {"on_nonfinite": self._on_nonfinite, "loss_scale": loss_scale, "total": total}
+        decision = self._backend.decide(table, nonfinite_steps=self.nonfinite_steps, **known)
+        if self._may_overflow(decision, loss_scale):
+            peaks = self._backend.peaks(gradients, decision, loss_scale)
+            peaks = self._reduction.reduce_peaks(peaks, scaled=loss_scale is not None)
+            decision = self._backend.decide(table, nonfinite_steps=None, peaks=peaks, **known)
         if self._on_nonfinite not in {"skip", "raise"}:
             # Reading the device is what "keep" and "zero" spare.
             return decision, False
@@ -130,6 +139,17 @@ class Step:
         named = zip(self._names, rows, strict=True)
         counts = {name: (nan, plus, minus) for name, (nan, plus, minus) in named if nan or plus or minus}
         return NonFiniteGradientError(counts, self.plan.layers_of(counts))
+
+    def _may_overflow(self, decision: Decision[Any], loss_scale: Tensor | None) -> bool:
+        """Returns whether an element may grow past the largest number of its dtype; the same on every rank."""
+        grows_to = max(self._backend.rules.grows_to, self._reduction.grows_to)
+        if not may_overflow(grows_to, scaled=loss_scale is not None):
+            return False
+        if self._on_host and not self._reduction.has_stages:
+            reach: Any = decision.reach(None if loss_scale is None else loss_scale.item())
+            return bool((reach > LARGEST_ANYWHERE).any())
+        # To look would make the host wait for the device, and other stages see other groups.
+        return True
 
     def _changed(self, decision: Decision[Any]) -> NDArray[np.bool_]:
         """Returns which gradients changed; this reads the device."""

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import sys
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -50,6 +51,7 @@ def assert_decided_as_in_the_core(
     *,
     loss_scale: Tensor | None = None,
     total: NDArray[np.float64] | None = None,
+    peaks: NDArray[np.float64] | None = None,
     spacings: int = 0,
 ) -> Decision[Tensor]:
     plan = plan_of(strategies)
@@ -60,6 +62,7 @@ def assert_decided_as_in_the_core(
         on_nonfinite=on_nonfinite,
         loss_scale=None if loss_scale is None else loss_scale.item(),
         total=total,
+        peaks=peaks,
     )
     steps = torch.full((len(table),), 5)
     actual = GpuBackend(plan, [True] * len(strategies)).decide(
@@ -68,6 +71,7 @@ def assert_decided_as_in_the_core(
         nonfinite_steps=steps,
         loss_scale=loss_scale,
         total=None if total is None else torch.from_numpy(total),
+        peaks=None if peaks is None else torch.from_numpy(peaks),
     )
     assert steps.tolist() == (5 + (expected.nonfinite > 0)).tolist()
     for name in DECIDED:
@@ -127,6 +131,22 @@ def test_decides_as_the_core_does(
         loss_scale=loss_scale,
         spacings=0 if len(ranges) == 1 else 2,
     )
+
+
+@pytest.mark.parametrize("loss_scale", [None, torch.tensor(2.0**24)], ids=str)
+@pytest.mark.parametrize("ranges", [(0,), (1,), (0, 1, 2)], ids=str)
+def test_decides_as_the_core_does_where_elements_would_overflow(
+    ranges: tuple[int, ...], loss_scale: Tensor | None
+) -> None:
+    table = random_table(300, ranges)
+    rng = np.random.default_rng(2)
+    # Some just at the largest float64, some far from it, some without any element that may overflow.
+    peaks = np.where(rng.random(300) < 0.8, sys.float_info.max * 10 ** rng.choice([0.0, -0.5, -2.0, -630.0], 300), 0)
+    strategies: list[Strategy] = [Renormalize()] * 300
+    decision = assert_decided_as_in_the_core(table, strategies, loss_scale=loss_scale, peaks=peaks, spacings=2)
+    grown = (decision.norms_after > decision.norms) & (decision.norms_after < 1.0)
+    assert grown.any()
+    assert (decision.norms_after == 1.0).any()
 
 
 NORMS = [0.0, 5e-324, 1e-310, 2.3e-308, 1e-300, 1e-160, 1e-150, 0.3, 1.0, 7.0, 1e150, 1e300, 1.7e308]

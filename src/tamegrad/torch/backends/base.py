@@ -3,6 +3,8 @@
 `G` is the number of groups, `P` of parameters.
 """
 
+import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -12,12 +14,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tamegrad.decide import Decision, Rules, decide
+from tamegrad.decide import FULL, Decision, Rules, decide
 from tamegrad.groups import Plan
 from tamegrad.strategies import OnNonfinite
+from tamegrad.torch.backends.tensorwise import as_real
 from tamegrad.torch.gradients import Gradients
+from tamegrad.torch.memory import DTYPES
 
-__all__ = ["Backend", "is_capturing", "on_device"]
+__all__ = ["LARGEST", "STRETCH", "Backend", "is_capturing", "on_device"]
+
+# `(DTYPES,)`: magnitudes up to which no element overflows when float64 is rounded to its dtype.
+_MAX = np.array([torch.finfo(dtype).max for dtype in DTYPES])
+LARGEST = np.where(sys.float_info.max == _MAX, _MAX * FULL, _MAX)
+# What magnitudes are multiplied by to compare them with the largest float64 instead of that of their dtype.
+STRETCH = sys.float_info.max / _MAX
 
 
 class Backend(ABC):
@@ -51,23 +61,58 @@ class Backend(ABC):
             there is none.
         """
 
+    @torch.no_grad()
+    def peaks(self, gradients: Gradients, decision: Decision[Any], loss_scale: Tensor | None) -> Tensor:
+        """Measures the largest magnitudes of groups that may grow past what their dtypes hold.
+
+        Args:
+            gradients: The gradients that were measured.
+            decision: What was decided without peaks.
+            loss_scale: As in `measure`.
+
+        Returns:
+            The `(G,)` peaks that `tamegrad.decide.decide` reads, on the device of the decision.
+        """
+        memory, home = gradients.memory, torch.device("cpu")
+        chosen = self.counted & (memory.dtypes >= 0) & (memory.counts > 0)
+        if isinstance(decision.norms, np.ndarray):
+            reach = decision.reach(None if loss_scale is None else loss_scale.item())
+            chosen &= reach[self.group_of] > LARGEST[memory.dtypes]
+        else:
+            home = decision.norms.device
+        buckets: dict[tuple[torch.device, int], tuple[list[int], list[Tensor]]] = {}
+        for position in np.flatnonzero(chosen).tolist():
+            values: Any = gradients.values[position]
+            groups, bucket = buckets.setdefault((values.device, int(memory.dtypes[position])), ([], []))
+            groups.append(self.group_of[position])
+            bucket.append(as_real(values))
+        peaks = torch.zeros(len(self.plan.groups), dtype=torch.float64, device=home)
+        for (_, dtype), (groups, bucket) in buckets.items():
+            largest = torch.stack(torch._foreach_norm(bucket, math.inf)).to(home, torch.float64)  # noqa: SLF001
+            stretched = (largest * STRETCH[dtype]).clamp(max=sys.float_info.max)
+            peaks.scatter_reduce_(0, torch.tensor(groups, device=home), stretched, "amax")
+        return peaks
+
     def decide(
         self,
         table: Tensor,
         *,
         on_nonfinite: OnNonfinite,
-        nonfinite_steps: Tensor,
+        nonfinite_steps: Tensor | None,
         loss_scale: Tensor | None,
         total: Tensor | None,
+        peaks: Tensor | None = None,
     ) -> Decision[Any]:
         """Decides on every group.
 
         Args:
             table: The result of `measure`, summed over the ranks.
             on_nonfinite: As in `tamegrad.decide.decide`.
-            nonfinite_steps: `(G,)` int64 on the same device; 1 is added for each group with a NaN or an infinity.
+            nonfinite_steps: `(G,)` int64 on the same device; 1 is added for each group with a NaN or an infinity;
+                None if that was done.
             loss_scale: As in `measure`.
             total: As in `tamegrad.decide.decide`.
+            peaks: As in `tamegrad.decide.decide`.
 
         Returns:
             The decision: NumPy arrays if the table is on the CPU, else tensors on its device.
@@ -80,8 +125,9 @@ class Backend(ABC):
                 on_nonfinite=on_nonfinite,
                 loss_scale=None if loss_scale is None else loss_scale.item(),
                 total=None if total is None else total.numpy(),
+                peaks=None if peaks is None else peaks.numpy(),
             )
-            if decision.first is not None and decision.nonfinite.any():
+            if nonfinite_steps is not None and decision.first is not None and decision.nonfinite.any():
                 nonfinite_steps += torch.from_numpy(decision.nonfinite > 0)
             return decision
         decision = decide(
@@ -91,8 +137,10 @@ class Backend(ABC):
             on_nonfinite=on_nonfinite,
             loss_scale=None if loss_scale is None else loss_scale.to(table),
             total=None if total is None else total.to(table),
+            peaks=None if peaks is None else peaks.to(table),
         )
-        nonfinite_steps += decision.nonfinite > 0
+        if nonfinite_steps is not None:
+            nonfinite_steps += decision.nonfinite > 0
         return decision
 
     @abstractmethod

@@ -4,7 +4,6 @@ Every rank measures its own shards; replicas are counted once. The plan fixes th
 whichever gradients are present, so that no rank waits for another that has nothing to add.
 """
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,9 +13,10 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from tamegrad.decide import COLUMNS
+from tamegrad.decide import COLUMNS, may_overflow
 from tamegrad.errors import SettingError, TamegradError, UnmatchedError
 from tamegrad.groups import Plan
+from tamegrad.torch.sharded.agreement import describe_plan, describe_strategy, difference, gathered
 from tamegrad.torch.sharded.sharding import first_rank, is_counted, is_sharded, mesh_of, ranks_together
 
 if TYPE_CHECKING:
@@ -32,12 +32,10 @@ class _Card:
 
     Args:
         problem: The error that left it without a plan, if any.
-        digest: A digest of its plan.
         firsts: The first rank of each of its meshes.
     """
 
     problem: str | None
-    digest: str
     firsts: tuple[int, ...]
 
 
@@ -98,6 +96,27 @@ class Reduction:
         assert plan is not None
         return plan
 
+    def agree_on_settings(self, on_nonfinite: str, others: Sequence[str]) -> None:
+        """Compares the settings of the ranks, once their plans are equal; every rank must call it.
+
+        Args:
+            on_nonfinite: What the stages of a pipeline have to agree on, too.
+            others: The other settings, as lines.
+
+        Raises:
+            SettingError: If another rank has other settings; then every rank raises.
+        """
+        line = f"on_nonfinite: {on_nonfinite}"
+        problem = None
+        if self._group is not None:
+            problem = difference([line, *others], self._group, "settings")
+        for stages in self._stages:
+            # No rank raises before the last collective, which the others would wait for.
+            found = stages.difference([line])
+            problem = problem or found
+        if problem is not None:
+            raise problem
+
     def reduce(self, table: Tensor) -> tuple[Tensor, Tensor | None]:
         """Sums the tables of the ranks; every rank must call it.
 
@@ -117,6 +136,30 @@ class Reduction:
             table, total = stages.reduce(table, total)
         return table, total
 
+    @property
+    def has_stages(self) -> bool:
+        """Whether the model is one stage of a pipeline."""
+        return bool(self._stages)
+
+    @property
+    def grows_to(self) -> float:
+        """As in `Rules`, over the groups that the stages of a pipeline share."""
+        return max((stages.grows_to for stages in self._stages), default=0.0)
+
+    def reduce_peaks(self, peaks: Tensor, *, scaled: bool) -> Tensor:
+        """Returns the largest of all ranks' peaks; every rank must call it.
+
+        Args:
+            peaks: `(G,)` float64, of what this rank counts.
+            scaled: Whether gradients are multiplied by a loss scale.
+        """
+        if self._group is not None:
+            peaks = _reduce(peaks, self._group, self._device, dist.ReduceOp.MAX)
+        for stages in self._stages:
+            if may_overflow(stages.grows_to, scaled=scaled):
+                peaks = stages.reduce_peaks(peaks)
+        return peaks
+
     def reduce_counts(self, counts: Tensor) -> Tensor:
         """Sums `(P, N)` counts, one row a parameter, over the ranks; every rank must call it."""
         if self._group is None:
@@ -125,11 +168,11 @@ class Reduction:
 
     def _compare(self, group: "ProcessGroup", plan: Plan | None, problem: TamegradError | None) -> TamegradError | None:
         """Compares plans and settles which rank counts which shard; returns an error if the ranks cannot go on."""
-        lines = _described(plan, self._parameters) if plan is not None else []
-        digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        sizes = tuple(stages.size for stages in self._stages)
+        lines = [f"sizes of process_groups: {sizes}"]
+        lines += describe_plan(plan, self._parameters) if plan is not None else []
         firsts = tuple(map(first_rank, self._meshes))
-        card = _Card(None if problem is None else str(problem), digest, firsts)
-        cards: list[_Card] = _gathered(card, group)
+        cards: list[_Card] = gathered(_Card(None if problem is None else str(problem), firsts), group)
         failed = {rank: card.problem for rank, card in zip(self._ranks, cards, strict=True) if card.problem is not None}
         if failed:
             rank, message = next(iter(failed.items()))
@@ -139,8 +182,9 @@ class Reduction:
                 allowed="the same model and the same settings on every rank",
                 advice=f"fix the error on rank {rank}",
             )
-        if any(other.digest != digest for other in cards):
-            return _difference(lines, group, self._ranks)
+        found = difference(lines, group, "plans")
+        if found is not None:
+            return found
         slices = {}
         for mesh, first, *all_firsts in zip(self._meshes, firsts, *(card.firsts for card in cards), strict=True):
             known = sorted(set(all_firsts))
@@ -163,6 +207,7 @@ class _Stages:
     def __init__(self, group: "ProcessGroup", device: torch.device) -> None:
         self._group = group
         self._device = device
+        self.grows_to = 0.0
         self._count = 0
         self._rows = self._places = torch.zeros(0, dtype=torch.int64, device="cpu")
 
@@ -171,11 +216,13 @@ class _Stages:
     ) -> TamegradError | None:
         """Finds the groups that the stages share; returns an error if they cannot go on."""
         groups = [] if plan is None else [(row, g) for row, g in enumerate(plan.groups) if g.strategy.per == "model"]
-        mine = {group.name: str(group.strategy) for _, group in groups}
+        mine = {group.name: describe_strategy(group.strategy) for _, group in groups}
         shared: dict[str, str] = {}
         nowhere = set(unmatched)
-        answers = _gathered((mine, set(unmatched), None if problem is None else str(problem)), self._group)
-        for rank, (theirs, missing, failed) in zip(dist.get_process_group_ranks(self._group), answers, strict=True):
+        grows_to = max((group.strategy.grows_to for _, group in groups), default=0.0)
+        card = mine, set(unmatched), None if problem is None else str(problem), grows_to
+        answers = gathered(card, self._group)
+        for rank, (theirs, missing, failed, _) in zip(dist.get_process_group_ranks(self._group), answers, strict=True):
             nowhere &= missing
             if failed is not None:
                 return _stage_error(f"an error on rank {rank}: {failed}", f"fix the error on rank {rank}")
@@ -185,11 +232,21 @@ class _Stages:
                     return _stage_error(both, 'give every stage the same strategies with per="model"')
         if nowhere:
             return next(error for name, error in unmatched.items() if name in nowhere)
+        self.grows_to = max(grows_to for *_, grows_to in answers)
         names = list(shared)
         self._count = len(names)
         self._rows = torch.tensor([row for row, _ in groups], dtype=torch.int64, device="cpu")
         self._places = torch.tensor([names.index(group.name) for _, group in groups], dtype=torch.int64, device="cpu")
         return None
+
+    @property
+    def size(self) -> int:
+        """The number of stages."""
+        return dist.get_world_size(self._group)
+
+    def difference(self, lines: Sequence[str]) -> SettingError | None:
+        """Compares settings; returns an error if the stages differ."""
+        return difference(lines, self._group, "settings")
 
     def reduce(self, table: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
         """Sums the shared rows, and the totals, over the stages."""
@@ -201,6 +258,13 @@ class _Stages:
         packed = _sum(packed, self._group, self._device)
         table.index_copy_(0, self._rows, packed.index_select(0, self._places))
         return table, packed[-1]
+
+    def reduce_peaks(self, peaks: Tensor) -> Tensor:
+        """Returns the peaks with the largest of all stages in the shared rows."""
+        packed = peaks.new_zeros(self._count)
+        packed.index_copy_(0, self._places, peaks.index_select(0, self._rows))
+        packed = _reduce(packed, self._group, self._device, dist.ReduceOp.MAX)
+        return peaks.index_copy_(0, self._rows, packed.index_select(0, self._places))
 
 
 def check_process_groups(process_groups: Sequence["ProcessGroup"]) -> None:
@@ -227,43 +291,13 @@ def _stage_error(got: str, advice: str) -> SettingError:
     return SettingError("process_groups", got=got, allowed="stages that agree on the groups they share", advice=advice)
 
 
-def _difference(lines: list[str], group: "ProcessGroup", ranks: Sequence[int]) -> SettingError:
-    """Finds where the plans differ from the first rank's; every rank must call it."""
-    theirs: list[list[str]] = [lines if dist.get_rank() == ranks[0] else []]
-    dist.broadcast_object_list(theirs, src=ranks[0], group=group)
-    longest = max(len(lines), len(theirs[0]))
-    pairs = zip(*(side + ["(end of plan)"] * (longest - len(side)) for side in (theirs[0], lines)), strict=True)
-    found = _gathered(next((pair for pair in pairs if pair[0] != pair[1]), None), group)
-    other = [rank for rank, pair in zip(ranks, found, strict=True) if pair is not None]
-    first, here = found[ranks.index(other[0])]
-    return SettingError(
-        "the plans of the ranks",
-        got=f"plans that differ from rank {ranks[0]}'s on {len(other)} of {len(ranks)} ranks, first on rank {other[0]}"
-        f": {here!r} instead of {first!r}",
-        allowed="the same model and the same settings on every rank",
-        advice="build the same model, meshes and policy on every rank; print(normalizer.plan) shows a plan",
-    )
-
-
-def _described(plan: Plan, parameters: Sequence[Any]) -> list[str]:
-    """Returns what must be the same on all ranks, as lines of text."""
-    lines = [f"{group.name}: {group.strategy}" for group in plan.groups]
-    for entry, group, parameter in zip(plan.parameters, plan.group_of, parameters, strict=True):
-        mesh = mesh_of(parameter)
-        where = "" if mesh is None else f" as {[str(placement) for placement in parameter.placements]} on {mesh.shape}"
-        lines.append(f"{entry.name} in group {group}: {tuple(parameter.shape)}{where}")
-    return lines
-
-
-def _gathered(mine: Any, group: "ProcessGroup") -> list[Any]:  # noqa: ANN401  anything picklable
-    everyone: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, mine, group=group)
-    return everyone
-
-
 def _sum(tensor: Tensor, group: "ProcessGroup", device: torch.device) -> Tensor:
+    return _reduce(tensor, group, device, dist.ReduceOp.SUM)
+
+
+def _reduce(tensor: Tensor, group: "ProcessGroup", device: torch.device, operation: Any) -> Tensor:  # noqa: ANN401
     moved = tensor.to(device)
-    dist.all_reduce(moved, group=group)
+    dist.all_reduce(moved, operation, group=group)
     return moved.to(tensor.device)
 
 

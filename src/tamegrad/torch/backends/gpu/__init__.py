@@ -1,8 +1,9 @@
 """The backend for GPUs: Triton kernels over a table of addresses, four launches a step for any number of tensors.
 
 Measuring takes two launches (`measure_chunk`, `add_chunks`), deciding one (`decide_groups`), applying one
-(`apply_chunk`). With gradients on several devices each device measures and applies its own, and the device of the first
-gradient decides for all. The host never waits for a device.
+(`apply_chunk`). Where an element may grow past the largest number of its dtype, two more: `peak_chunk`, and
+`decide_groups` again. With gradients on several devices each device measures and applies its own, and the device of the
+first gradient decides for all. The host never waits for a device.
 
 Checked in Triton's interpreter, which runs the kernels on the CPU, and by compiling them for several GPUs. The kernels
 have not run on a GPU yet, and nothing here has been tuned or timed.
@@ -25,7 +26,7 @@ from tamegrad.groups import Plan
 from tamegrad.strategies import OnNonfinite
 from tamegrad.torch.backends.base import Backend, on_device
 from tamegrad.torch.backends.gpu.decide import NUMBERS, decide_groups, target_bounds
-from tamegrad.torch.backends.gpu.kernels import INTERPRETED, add_chunks, apply_chunk, measure_chunk
+from tamegrad.torch.backends.gpu.kernels import INTERPRETED, add_chunks, apply_chunk, measure_chunk, peak_chunk
 from tamegrad.torch.backends.gpu.layout import BLOCK, CHUNK, Layout, facts_of, is_aligned, refuse_capture
 from tamegrad.torch.gradients import Gradients
 from tamegrad.torch.memory import Memory
@@ -77,14 +78,31 @@ class GpuBackend(Backend):
             first += other.to(first.device)
         return first
 
+    def peaks(self, gradients: Gradients, decision: Decision[Any], loss_scale: Tensor | None) -> Tensor:
+        """Measures the largest magnitudes in one launch a device; gradients that cannot overflow are not read."""
+        norms = on_device(decision.norms, torch.device("cpu") if INTERPRETED else decision.norms.device)
+        peaks = torch.zeros_like(norms, dtype=torch.int64)
+        for part in self._parts(gradients, gradients.memory):
+            layout, device = part.layout, part.layout.device
+            if chunks := len(layout.measured):
+                here = peaks if device == peaks.device else torch.zeros_like(peaks, device=device)
+                vectors = (on_device(vector, device) for vector in (decision.norms, decision.norms_after))
+                with _launching_on(device):
+                    tables = part.addresses, layout.facts_on_device, layout.measured
+                    peak_chunk[(chunks,)](*tables, *vectors, _readable(loss_scale, device), here, **part.constants)
+                if here is not peaks:
+                    peaks = torch.maximum(peaks, here.to(peaks.device))
+        return peaks.view(torch.float64)
+
     def decide(
         self,
         table: Tensor,
         *,
         on_nonfinite: OnNonfinite,
-        nonfinite_steps: Tensor,
+        nonfinite_steps: Tensor | None,
         loss_scale: Tensor | None,
         total: Tensor | None,
+        peaks: Tensor | None = None,
     ) -> Decision[Any]:
         """Decides on every group: in one launch if all strategies are built in, else by plain operations.
 
@@ -93,7 +111,12 @@ class GpuBackend(Backend):
         # Compiled kernels cannot read the host's memory, interpreted ones no other.
         if self._bounds is None or (table.device.type == "cpu") != INTERPRETED:
             return super().decide(
-                table, on_nonfinite=on_nonfinite, nonfinite_steps=nonfinite_steps, loss_scale=loss_scale, total=total
+                table,
+                on_nonfinite=on_nonfinite,
+                nonfinite_steps=nonfinite_steps,
+                loss_scale=loss_scale,
+                total=total,
+                peaks=peaks,
             )
         device, groups = table.device, len(table)
         if device not in self._bounds_on:
@@ -108,6 +131,7 @@ class GpuBackend(Backend):
                 self.limits_on(device),
                 _readable(loss_scale, device),
                 None if total is None else total.to(table).contiguous(),
+                None if peaks is None else peaks.to(table).contiguous(),
                 numbers,
                 nonfinite,
                 flags,

@@ -27,6 +27,7 @@ from tamegrad.torch.backends.gpu.kernels import (
 __all__ = ["NUMBERS", "decide_groups", "target_bounds"]
 
 SMALLEST_NORMAL = tl.constexpr(decide.SMALLEST_NORMAL)
+FULL = tl.constexpr(decide.FULL)
 SMALLEST_EXPONENT, LARGEST_EXPONENT = tl.constexpr(decide.SMALLEST_EXPONENT), tl.constexpr(decide.LARGEST_EXPONENT)
 # The roots of the small and the big range are in units of these powers of two.
 SMALL_UNIT, BIG_UNIT = tl.constexpr(-decide.SMALL_EXPONENT), tl.constexpr(-decide.BIG_EXPONENT)
@@ -75,6 +76,7 @@ def decide_groups(
     limits,
     loss_scale,
     total,
+    peaks,
     numbers,
     nonfinite,
     flags,
@@ -86,7 +88,7 @@ def decide_groups(
 ):
     """Decides; the first program computes the total norm, each of the others decides on a block of groups.
 
-    `limits`, `loss_scale` and `total` may be None.
+    `limits`, `loss_scale`, `total`, `peaks` and `nonfinite_steps` may be None.
     """
     block = tl.program_id(0) - 1
     scaled_by = 1.0
@@ -99,7 +101,9 @@ def decide_groups(
             _total_norm(table, groups, scaled_by, numbers + TOTAL_NORM * groups, ROWS)
     else:
         group = block * BLOCK + tl.arange(0, BLOCK)
-        _decide(table, bounds, limits, scaled_by, numbers, nonfinite, flags, nonfinite_steps, group, groups, ZEROES)
+        _decide(
+            table, bounds, limits, scaled_by, peaks, numbers, nonfinite, flags, nonfinite_steps, group, groups, ZEROES
+        )
 
 
 @triton.jit
@@ -115,7 +119,18 @@ def _total_norm(table, groups, scaled_by, total_norm, ROWS: tl.constexpr):
 
 @triton.jit
 def _decide(
-    table, bounds, limits, scaled_by, numbers, nonfinite, flags, nonfinite_steps, group, groups, ZEROES: tl.constexpr
+    table,
+    bounds,
+    limits,
+    scaled_by,
+    peaks,
+    numbers,
+    nonfinite,
+    flags,
+    nonfinite_steps,
+    group,
+    groups,
+    ZEROES: tl.constexpr,
 ):
     """Decides on a block of groups, in the order of `tamegrad.decide.decide`, which says why."""
     inside = group < groups
@@ -130,6 +145,10 @@ def _decide(
     lowest = tl.load(bounds + group, mask=inside, other=0.0)
     target = tl.minimum(norm, tl.load(bounds + groups + group, mask=inside, other=INFINITY))
     target = tl.maximum(target, lowest)
+    if peaks is not None:
+        peak = tl.load(peaks + group, mask=inside, other=0.0)
+        grows = finite & (root > 0) & (target > norm)
+        target = tl.where(grows & (peak > 0), _limited_target(target, norm, root, exponent, peak), target)
 
     rescaled = finite & (root > 0) & (target != norm)
     first, second, scale = _factors(tl.where(rescaled, target, 1.0), tl.where(rescaled, root, 1.0), exponent, rescaled)
@@ -156,7 +175,19 @@ def _decide(
     tl.store(numbers + SECOND * groups + group, second, mask=inside)
     tl.store(flags + group, clipped, mask=inside)
     tl.store(nonfinite + group, bad.to(tl.int64), mask=inside)
-    tl.store(nonfinite_steps + group, tl.load(nonfinite_steps + group, mask=inside, other=0) + (bad != 0), mask=inside)
+    if nonfinite_steps is not None:
+        steps = tl.load(nonfinite_steps + group, mask=inside, other=0)
+        tl.store(nonfinite_steps + group, steps + (bad != 0), mask=inside)
+
+
+@triton.jit
+def _limited_target(target, norm, root, exponent, peak):
+    """Limits targets above norms `root·2^exponent` to those at which the largest elements are at their limit."""
+    fits = (peak > 0) & (peak < INFINITY)
+    mantissa, power = _frexp(tl.where(fits, peak, 1.0))
+    root_mantissa, root_power = _frexp(tl.where(root > 0, root, 1.0))
+    ceiling = _ldexp(root_mantissa * FULL / mantissa, root_power - power + exponent + LARGEST_EXPONENT + 1)
+    return tl.maximum(norm, tl.minimum(target, ceiling))
 
 
 @triton.jit

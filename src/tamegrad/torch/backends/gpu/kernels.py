@@ -9,15 +9,17 @@ Every value is read once, even where values are cut. Only a chunk whose sums are
 """
 
 import math
+import sys
 
 import torch
 import triton
 import triton.language as tl
 
 from tamegrad import decide
+from tamegrad.torch.backends import base
 from tamegrad.torch.memory import DTYPES
 
-__all__ = ["INTERPRETED", "add_chunks", "apply_chunk", "measure_chunk"]
+__all__ = ["INTERPRETED", "add_chunks", "apply_chunk", "measure_chunk", "peak_chunk"]
 
 # The columns of `Layout.facts`; a dtype is its position in `DTYPES`.
 SIZE, GROUP, DTYPE_OF = (tl.constexpr(column) for column in range(3))
@@ -34,6 +36,8 @@ CUT = tl.constexpr(decide.CUT)
 SMALL_BELOW, BIG_ABOVE = tl.constexpr(decide.SMALL_BELOW), tl.constexpr(decide.BIG_ABOVE)
 SMALL_FACTOR, BIG_FACTOR = tl.constexpr(decide.SMALL_FACTOR), tl.constexpr(decide.BIG_FACTOR)
 INFINITY = tl.constexpr(math.inf)
+LARGEST_ANYWHERE, MAX = tl.constexpr(decide.LARGEST_ANYWHERE), tl.constexpr(sys.float_info.max)
+LARGEST, STRETCH = tl.constexpr(tuple(base.LARGEST.tolist())), tl.constexpr(tuple(base.STRETCH.tolist()))
 
 
 @triton.jit
@@ -83,6 +87,42 @@ def add_chunks(partial, ends, table, ROWS: tl.constexpr, WIDTH: tl.constexpr):
         inside = (rows < last)[:, None] & (columns < COLUMNS)[None, :]
         sums += tl.load(partial + rows[:, None] * COLUMNS + columns[None, :], mask=inside, other=0.0)
     tl.store(table + group.to(tl.int64) * COLUMNS + columns, tl.sum(sums, 0), mask=columns < COLUMNS)
+
+
+@triton.jit
+def peak_chunk(
+    addresses,
+    facts,
+    chunks,
+    norms,
+    norms_after,
+    loss_scale,
+    peak_bits,
+    PRESENT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Raises the peak of a chunk's group to that of the chunk; returns at once if no element can overflow.
+
+    `loss_scale` may be None. `peak_bits` holds the bits of non-negative float64, which have the order of the numbers.
+    """
+    address, fact, start, stop = _find(addresses, facts, chunks, tl.program_id(0), CHUNK)
+    group = tl.load(fact + GROUP)
+    # The same as Decision.reach.
+    norm, reach = tl.load(norms + group), tl.load(norms_after + group)
+    grows = reach > norm
+    if loss_scale is not None:
+        reach *= tl.load(loss_scale).to(tl.float64)
+    dtype = tl.load(fact + DTYPE_OF)
+    if grows & (reach > LARGEST_ANYWHERE):
+        for DTYPE in tl.static_range(DTYPE_COUNT):
+            if PRESENT >> DTYPE & 1:
+                if dtype == DTYPE:
+                    if reach > LARGEST[DTYPE]:
+                        values = _pointer(address, DTYPE, ALIGNED)
+                        peak = _largest(values, start, stop, BLOCK) * STRETCH[DTYPE]
+                        tl.atomic_max(peak_bits + group, tl.minimum(peak, MAX).to(tl.int64, bitcast=True))
 
 
 @triton.jit
@@ -204,6 +244,16 @@ def _count_nonfinite(values, start, stop, row, BLOCK: tl.constexpr):
         plus += tl.where(wide == INFINITY, 1.0, 0.0)
         minus += tl.where(wide == -INFINITY, 1.0, 0.0)
     _store3(row + NONFINITE, tl.sum(nan), tl.sum(plus), tl.sum(minus))
+
+
+@triton.jit
+def _largest(values, start, stop, BLOCK: tl.constexpr):
+    """Returns the largest magnitude of a chunk's real numbers; what it is for NaN does not matter."""
+    largest = tl.zeros((BLOCK,), tl.float64)
+    for begin in range(start, stop, BLOCK):
+        wide, _ = _load(values, begin, stop, False, True, BLOCK)
+        largest = tl.maximum(largest, tl.abs(wide))
+    return tl.max(largest)
 
 
 @triton.jit
