@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: run test test-long test-oldest bench lint types clean
+.PHONY: run test test-long test-oldest test-ecosystem bench lint types clean
 
 run: .venv/run  ## the main job: one network under every strategy
 	$(BIN)/tamegrad compare
@@ -17,6 +17,9 @@ test-long: .venv/test  ## the property tests with 20,000 examples a backend; one
 test-oldest: .venv-oldest/test  ## everything with the oldest versions that pyproject.toml allows; downloads gigabytes
 	.venv-oldest/bin/python -m pytest
 
+test-ecosystem: .venv-ecosystem/test  ## with Accelerate, Lightning, timm, PEFT and others, a minute; downloads gigabytes
+	.venv-ecosystem/bin/python -m pytest tests/ecosystem
+
 bench: .venv/bench  ## tamegrad's speed beside other tools', about eight minutes; refuses if the contract suite is red
 	$(BIN)/python benchmarks/speed.py --write docs/speed.md
 
@@ -28,7 +31,7 @@ types: .venv/test
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv .venv-oldest
+	rm -rf .venv .venv-oldest .venv-ecosystem
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -51,4 +54,13 @@ clean:
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints-oldest.txt \
 		--editable '.[torch,cpu,study]' hypothesis pytest pytest-timeout
+	touch $@
+
+# timm asks for torchvision, which must be built for the same PyTorch; its optimizers need neither.
+.venv-ecosystem/test: pyproject.toml constraints.txt constraints-ecosystem.txt
+	$(PYTHON) -m venv .venv-ecosystem
+	.venv-ecosystem/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt \
+		--constraint constraints-ecosystem.txt --editable '.[torch,cpu,ecosystem]' hypothesis pytest pytest-timeout
+	.venv-ecosystem/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt \
+		--constraint constraints-ecosystem.txt --no-deps timm
 	touch $@
