@@ -38,6 +38,13 @@ class TestUnowned:
         with pytest.warns(TamegradWarning, match=r"'loss.weight' of shape \(1, 5\), 'loss.bias' of shape \(1,\)"):
             attach(model, optimizer, Clip(1.0))
 
+    def test_but_not_what_nothing_trains(self) -> None:
+        model = a_model()
+        state = nn.Parameter(torch.zeros(2), requires_grad=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            attach(model, torch.optim.SGD([*model.parameters(), state]), Clip(1.0))
+
     def test_only_the_first_of_many(self) -> None:
         model = a_model()
         others = [nn.Parameter(torch.zeros(1)) for _ in range(9)]

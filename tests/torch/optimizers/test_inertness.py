@@ -102,6 +102,28 @@ def load_a_checkpoint(model: nn.Module, optimizer: torch.optim.Optimizer) -> Non
     change(model)
 
 
+class Searching(torch.optim.SGD):
+    """Evaluates the model and changes the parameters several times in each step, without a closure."""
+
+    model: nn.Module
+
+    def step(self, closure: Any = None) -> Any:
+        for _ in range(5):
+            backward(self.model)
+            change(self.model)
+        return super().step(closure)
+
+
+def evaluate_inside_the_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    del optimizer
+    searching = Searching(model.parameters(), lr=1e-9)
+    searching.model = model
+    normalizer = attach(model, searching, Clip(1.0), normalize="innermost")
+    for _ in range(3):
+        searching.step()
+        assert normalizer.report is not None
+
+
 def evaluate_a_closure_often(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     del optimizer
     lbfgs: Any = torch.optim.LBFGS(model.parameters(), max_iter=30, tolerance_grad=0, tolerance_change=0)
@@ -118,11 +140,19 @@ def evaluate_a_closure_often(model: nn.Module, optimizer: torch.optim.Optimizer)
 
 
 @pytest.mark.parametrize(
-    "train", [step_often, attack_the_embedding, accumulate, load_a_checkpoint, evaluate_a_closure_often]
+    "train",
+    [
+        step_often,
+        attack_the_embedding,
+        accumulate,
+        load_a_checkpoint,
+        evaluate_inside_the_step,
+        evaluate_a_closure_often,
+    ],
 )
 def test_what_people_do_between_steps_does_not_warn(train: Any) -> None:
     model, optimizer, normalizer = attached()
-    if train is evaluate_a_closure_often:
+    if train in {evaluate_a_closure_often, evaluate_inside_the_step}:
         normalizer.detach()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

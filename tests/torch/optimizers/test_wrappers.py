@@ -98,7 +98,7 @@ def test_attaches_through_several_wrappers() -> None:
     model = a_model()
     outer: Any = a_class("accelerate.optimizer.AcceleratedOptimizer")()
     outer.optimizer = a_class("lightning.fabric.wrappers._FabricOptimizer")()
-    outer.optimizer._optimizer = sgd(model)
+    outer.optimizer.optimizer = sgd(model)
     assert "attached to SGD" in repr(attach(model, outer, Clip(1.0)))
 
 
@@ -119,6 +119,13 @@ def test_refuses_classes_that_no_normalizer_can_work_with(path: str) -> None:
     optimizer.optimizer = sgd(a_model())
     with pytest.raises(SettingError, match=f"got a {path.rpartition('.')[2]}, .*; next: (set|choose)"):
         attach(a_model(), optimizer, Clip(1.0))
+
+
+def test_the_advice_names_the_path_from_what_the_user_has() -> None:
+    outer: Any = a_class("accelerate.optimizer.AcceleratedOptimizer")()
+    outer.optimizer = Wrapper(sgd(a_model()))
+    with pytest.raises(SettingError, match=r"next: attach to optimizer\.optimizer\.inner, the SGD that it wraps"):
+        attach(a_model(), outer, Clip(1.0))
 
 
 @pytest.mark.parametrize("wrap", [Wrapper, WrapperWithTables])

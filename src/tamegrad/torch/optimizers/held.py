@@ -84,7 +84,9 @@ class HeldParameters(Selection):
 
     def _warn_about_unowned(self, selected: ModelLayers) -> None:
         owned = set(map(id, selected.parameters))
-        unowned = {id(parameter): parameter for parameter in self._held if id(parameter) not in owned}
+        # Keras lists the states of its random generators, which nothing trains, with the parameters.
+        trained = [parameter for parameter in self._held if parameter.requires_grad]
+        unowned = {id(parameter): parameter for parameter in trained if id(parameter) not in owned}
         if len(unowned) > self._unowned:
             named = ", ".join(self._name_of(parameter) for parameter in list(unowned.values())[:_MOST_NAMED])
             more = f" and {len(unowned) - _MOST_NAMED} more" if len(unowned) > _MOST_NAMED else ""

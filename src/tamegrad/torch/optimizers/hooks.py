@@ -134,6 +134,8 @@ class StepHooks:
 
     def _end(self) -> None:
         """Ends a step that is not inside another one."""
+        # Some steps evaluate the model themselves, and change parameters in between.
+        self.watch.step_seen()
         for parameter, gradient in self._hidden:
             parameter.grad = gradient
         self._hidden.clear()

@@ -21,10 +21,10 @@ __all__ = ["held_by", "hook_inherited_steps", "optimizers_inside", "optimizers_t
 # Wrappers that only pass the step on, each with the attribute that holds the optimizer inside.
 _TRANSPARENT = {
     "accelerate.optimizer.AcceleratedOptimizer": "optimizer",
-    "lightning.fabric.wrappers._FabricOptimizer": "_optimizer",
-    "lightning.pytorch.core.optimizer.LightningOptimizer": "_optimizer",
-    "lightning_fabric.wrappers._FabricOptimizer": "_optimizer",
-    "pytorch_lightning.core.optimizer.LightningOptimizer": "_optimizer",
+    "lightning.fabric.wrappers._FabricOptimizer": "optimizer",
+    "lightning.pytorch.core.optimizer.LightningOptimizer": "optimizer",
+    "lightning_fabric.wrappers._FabricOptimizer": "optimizer",
+    "pytorch_lightning.core.optimizer.LightningOptimizer": "optimizer",
     "torch.distributed.optim.post_localSGD_optimizer.PostLocalSGDOptimizer": "optim",
 }
 _IN_BACKWARD = "which steps each parameter during backward(), before the norm of its layer is known"
@@ -81,6 +81,7 @@ def optimizers_to_attach_to(given: object) -> list[Optimizer]:
 def _unwrapped(optimizer: object) -> Optimizer:
     """Returns an optimizer, or the one inside if it is a known wrapper."""
     inside: Any = optimizer
+    path = "optimizer"
     while True:
         if refused := _entry_of(inside, _REFUSED):
             reason, advice = refused
@@ -88,12 +89,13 @@ def _unwrapped(optimizer: object) -> Optimizer:
         attribute = _entry_of(inside, _TRANSPARENT)
         if attribute is None:
             break
-        inside = getattr(inside, attribute)
+        inside, path = getattr(inside, attribute), f"{path}.{attribute}"
     if not isinstance(inside, Optimizer):
         refuse_deepspeed("attach(optimizer)", inside)
-        raise _error(f"a {type(inside).__name__}", _advice_for(inside))
+        raise _error(f"a {type(inside).__name__}", _advice_for(inside, path))
     if not _runs_hooks(inside):
-        raise _error(f"a {type(inside).__name__}, whose step() does not run PyTorch's step hooks", _advice_for(inside))
+        got = f"a {type(inside).__name__}, whose step() does not run PyTorch's step hooks"
+        raise _error(got, _advice_for(inside, path))
     _refuse_part_of_zero(inside)
     if any(hasattr(parameter, "_in_backward_optimizers") for parameter in held_by(inside)):
         raise _error(
@@ -111,7 +113,7 @@ def optimizers_inside(optimizer: Optimizer) -> list[Optimizer]:
     own = set(map(id, held_by(optimizer)))
     found, waiting = [optimizer], [optimizer]
     while waiting:
-        for _, inner in _optimizers_in_attributes(waiting.pop()):
+        for _, inner in _optimizers_in_attributes(waiting.pop(), "optimizer"):
             same = _runs_hooks(inner) and set(map(id, held_by(inner))) == own
             if same and not any(inner is known for known in found):
                 found.append(inner)
@@ -154,24 +156,25 @@ def _runs_hooks(optimizer: Optimizer) -> bool:
     return getattr(type(optimizer).step, "hooked", False) and "_optimizer_step_pre_hooks" in vars(optimizer)
 
 
-def _optimizers_in_attributes(owner: object) -> Iterator[tuple[str, Optimizer]]:
-    """Yields the optimizers in an object's attributes, and in lists and dictionaries there, each with where it is."""
+def _optimizers_in_attributes(owner: object, path: str) -> Iterator[tuple[str, Optimizer]]:
+    """Yields the optimizers in an object's attributes, and in lists and dictionaries there, each with its path."""
     for name, value in getattr(owner, "__dict__", {}).items():
         if isinstance(value, Optimizer):
-            yield f"optimizer.{name}", value
+            yield f"{path}.{name}", value
         elif isinstance(value, dict | list | tuple):
             items = value.items() if isinstance(value, dict) else enumerate(value)
-            yield from ((f"optimizer.{name}[{key!r}]", item) for key, item in items if isinstance(item, Optimizer))
+            yield from ((f"{path}.{name}[{key!r}]", item) for key, item in items if isinstance(item, Optimizer))
 
 
-def _advice_for(optimizer: Any) -> str:  # noqa: ANN401  whatever the user passed
-    """Says what to attach to instead of something that runs no hooks."""
-    inner = [(path, wrapped) for path, wrapped in _optimizers_in_attributes(optimizer) if _runs_hooks(wrapped)]
+def _advice_for(optimizer: Any, path: str) -> str:  # noqa: ANN401  whatever the user passed
+    """Says what to attach to instead of something that runs no hooks and that the user has at `path`."""
+    inner = [(place, wrapped) for place, wrapped in _optimizers_in_attributes(optimizer, path) if _runs_hooks(wrapped)]
     if len(inner) == 1:
-        path, wrapped = inner[0]
-        return f"attach to {path}, the {type(wrapped).__name__} that it wraps"
+        place, wrapped = inner[0]
+        return f"attach to {place}, the {type(wrapped).__name__} that it wraps"
     if inner:
-        return f"attach to the optimizers that it wraps: attach(model, [{', '.join(path for path, _ in inner)}], ...)"
+        places = ", ".join(place for place, _ in inner)
+        return f"attach to the optimizers that it wraps: attach(model, [{places}], ...)"
     if not isinstance(optimizer, Optimizer):
         return "pass the optimizer itself, or call GradientNormalizer.normalize_() before its step"
     return (
