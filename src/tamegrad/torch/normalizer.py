@@ -153,6 +153,7 @@ class GradientNormalizer:
 
     def _plan_anew(self) -> None:
         # If the ranks do not agree, the step that was made before stays whole.
+        self._step.announce_change()
         planned = self._planner.new_plan()
         step = Step(planned, self.settings)
         self._nonfinite_before += self._nonfinite_since()
