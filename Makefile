@@ -11,8 +11,8 @@ run: .venv/run  ## the main job: one network under every strategy
 test: .venv/test
 	$(BIN)/python -m pytest
 
-test-long: .venv/test  ## the property tests with 20,000 examples a backend; one test takes minutes
-	$(BIN)/python -m pytest tests/contract/test_properties.py --hypothesis-profile=long --timeout=1800
+test-long: .venv/test  ## the property tests with 20,000 examples a backend, and a million groups in bulk
+	$(BIN)/python -m pytest tests/contract/test_properties.py tests/contract/test_bulk.py --hypothesis-profile=long --timeout=1800
 
 test-oldest: .venv-oldest/test  ## everything with the oldest versions that pyproject.toml allows; downloads gigabytes
 	.venv-oldest/bin/python -m pytest

@@ -1,7 +1,7 @@
 """`GradientNormalizer`: normalizes the gradients of a model in place, whenever it is called."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Unpack
 
 from torch import Tensor, nn
@@ -111,7 +111,7 @@ class GradientNormalizer:
     @policy.setter
     def policy(self, policy: object) -> None:
         settings = self.settings.with_policy(policy)
-        self._replan(self._planner.first_plan(settings.policy), settings)
+        self._replan(self._planner.first_plan, settings)
 
     @property
     def plan(self) -> Plan:
@@ -186,8 +186,7 @@ class GradientNormalizer:
     def _normalize(self, loss_scale: Tensor | None = None, *, scaler_skips: bool = False) -> Report[Tensor]:
         """The four steps; gradients that are multiplied by a loss scale are treated as if they were not."""
         if self._planner.is_stale(self._planned):
-            # If the ranks do not agree, this raises, and the plan that was made before stays whole.
-            self._replan(self._planner.new_plan(self.settings.policy), self.settings)
+            self._replan(self._planner.new_plan, self.settings)
         step = self._step
         gradients = step.collect()
         self._warn_without_gradients(gradients)
@@ -209,8 +208,10 @@ class GradientNormalizer:
     def _apply(self, step: Step, gradients: Gradients, decision: Decision[Any]) -> None:
         step.apply_(gradients, decision)
 
-    def _replan(self, planned: PlannedModel, settings: Settings) -> None:
-        # If this raises, the step that was made before stays whole.
+    def _replan(self, plan: Callable[[Policy], PlannedModel], settings: Settings) -> None:
+        # If this raises, for example because ranks do not agree, the step that was made before stays whole.
+        self._step.announce_change()
+        planned = plan(settings.policy)
         step = Step(planned, settings)
         self._nonfinite_before += self._nonfinite_since()
         self._planned, self._step, self.settings = planned, step, settings

@@ -60,6 +60,14 @@ class Step:
         self._on_host = all(parameter.device.type == "cpu" for parameter in self.parameters)
         self._group_names = tuple(group.name for group in self.plan.groups)
 
+    def announce_change(self) -> None:
+        """Tells the other ranks that this one is to plan anew; called before it does.
+
+        Raises:
+            SettingError: If the model of another rank did not change; then that rank raises, too.
+        """
+        self._reduction.announce_change(len(self.plan.groups))
+
     def collect(self) -> Gradients:
         """Collects the gradients that the parameters have now.
 
@@ -79,8 +87,12 @@ class Step:
 
         Returns:
             The decision, and whether a non-finite gradient stops the step: then nothing is to be applied.
+
+        Raises:
+            SettingError: If the model of another rank changed, and not of this one.
         """
-        table, total = self._reduction.reduce(self._backend.measure(gradients, loss_scale))
+        looks = self._on_host or self._on_nonfinite in {"skip", "raise"}
+        table, total = self._reduction.reduce(self._backend.measure(gradients, loss_scale), looks=looks)
         self.nonfinite_steps = self.nonfinite_steps.to(table.device)
         known: dict[str, Any] = {"on_nonfinite": self._on_nonfinite, "loss_scale": loss_scale, "total": total}
         decision = self._backend.decide(table, nonfinite_steps=self.nonfinite_steps, **known)

@@ -1,9 +1,11 @@
 """The reduction between measuring and deciding when several processes train one model: one sum over all ranks.
 
 Every rank measures its own shards; replicas are counted once. The plan fixes the layout of the table of sums,
-whichever gradients are present, so that no rank waits for another that has nothing to add.
+whichever gradients are present, so that no rank waits for another that has nothing to add. A rank whose model changed
+says so in the same sum, before it plans anew.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -117,24 +119,59 @@ class Reduction:
         if problem is not None:
             raise problem
 
-    def reduce(self, table: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Sums the tables of the ranks; every rank must call it.
+    def reduce(self, table: Tensor, *, looks: bool) -> tuple[Tensor, Tensor | None]:
+        """Sums the tables of the ranks; every rank must call it, or `announce_change`.
 
         Args:
             table: `(G, COLUMNS)` float64 sums of what this rank counts.
+            looks: Whether the host may wait to see if a rank announced a change instead. If not, all groups are NaN.
 
         Returns:
             The sums over all ranks, the same bits on each; and for a pipeline the `(COLUMNS,)` sums over all groups of
             all stages, else None.
+
+        Raises:
+            SettingError: If the model of another rank changed, and it looks.
         """
-        if self._group is not None:
-            table = _sum(table, self._group, self._device)
-        if not self._stages:
+        if self._group is None and not self._stages:
             return table, None
+        table, total, changed = self._reduce(table, table.new_zeros(1, COLUMNS))
+        if looks and changed.any():
+            raise _change_error(changed, "not on this one")
+        return table, total
+
+    def announce_change(self, groups: int) -> None:
+        """Tells the other ranks, in place of the sum of a step, that this rank is to plan anew.
+
+        Args:
+            groups: The number of groups of the plan so far.
+
+        Raises:
+            SettingError: If the models of other ranks did not change.
+        """
+        if self._group is None and not self._stages:
+            return
+        mine = torch.zeros(1, COLUMNS, dtype=torch.float64, device="cpu")
+        mine[0, :2] = torch.tensor([1.0, dist.get_rank()])
+        table = torch.full((groups, COLUMNS), math.nan, dtype=torch.float64, device="cpu")
+        _, _, changed = self._reduce(table, mine)
+        everyone = 1 if self._group is None else dist.get_world_size(self._group)
+        for stages in self._stages:
+            everyone *= stages.size
+        if int(changed[0]) < everyone:
+            raise _change_error(changed, "this one among them" if changed[0] > 1 else "this one alone")
+
+    def _reduce(self, table: Tensor, changed: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Sums tables and, in the same collectives, a row of how many ranks changed and the sum of their numbers."""
+        if self._group is not None:
+            packed = _sum(torch.cat([table, changed]), self._group, self._device)
+            table, changed = packed[:-1], packed[-1:]
+        if not self._stages:
+            return table, None, changed[0]
         total = table.sum(0)
         for stages in self._stages:
-            table, total = stages.reduce(table, total)
-        return table, total
+            table, total, changed = stages.reduce(table, total, changed)
+        return table, total, changed[0]
 
     @property
     def has_stages(self) -> bool:
@@ -248,16 +285,16 @@ class _Stages:
         """Compares settings; returns an error if the stages differ."""
         return difference(lines, self._group, "settings")
 
-    def reduce(self, table: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
-        """Sums the shared rows, and the totals, over the stages."""
+    def reduce(self, table: Tensor, total: Tensor, changed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Sums the shared rows, the totals, and the row of changes over the stages."""
         if self._rows.device != table.device:
             self._rows, self._places = self._rows.to(table.device), self._places.to(table.device)
-        packed = table.new_zeros(self._count + 1, COLUMNS)
-        packed[-1] = total
+        packed = table.new_zeros(self._count + 2, COLUMNS)
+        packed[-2], packed[-1] = total, changed[0]
         packed.index_copy_(0, self._places, table.index_select(0, self._rows))
         packed = _sum(packed, self._group, self._device)
         table.index_copy_(0, self._rows, packed.index_select(0, self._places))
-        return table, packed[-1]
+        return table, packed[-2], packed[-1:]
 
     def reduce_peaks(self, peaks: Tensor) -> Tensor:
         """Returns the peaks with the largest of all stages in the shared rows."""
@@ -285,6 +322,17 @@ def check_process_groups(process_groups: Sequence["ProcessGroup"]) -> None:
             allowed="a list of torch.distributed.ProcessGroup, each with one rank of every stage of a pipeline",
             advice='pass process_groups=[mesh["pp"].get_group()]',
         )
+
+
+def _change_error(changed: Tensor, here: str) -> SettingError:
+    count, numbers = changed[:2].long().tolist()
+    where = f"on rank {numbers}" if count == 1 else f"on {count} ranks"
+    return SettingError(
+        "the model",
+        got=f"layers or parameters that changed {where} since the last step, {here}",
+        allowed="a model that changes on every rank before the same step",
+        advice="make the same change on all ranks, pipeline stages included",
+    )
 
 
 def _stage_error(got: str, advice: str) -> SettingError:
