@@ -29,6 +29,7 @@ ROOMS = [
     "tamegrad.torch.normalizer",
     "tamegrad.torch.attach",
     "tamegrad.torch",
+    "tamegrad.streams",
     "tamegrad.terminal",
     "tamegrad.dl4j",
     "tamegrad.study",

@@ -2,9 +2,12 @@ import itertools
 import json
 import os
 import re
+import resource
 import signal
+import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +25,8 @@ from tamegrad.study.settings import STRATEGIES
 from tamegrad.study.table import Bars
 
 Run = Callable[..., tuple[int, str, str]]
-OPTIONS = ["--text", "--network", "--strategy", "--threshold", "--steps", "--seed", "--lr", "--out"]
+OPTIONS = ["--text", "--network", "--strategy", "--threshold", "--steps", "--seed", "--seeds", "--lr", "--out"]
+QUICK = ("--steps", "1", "--strategy", "None")
 LINE = re.compile(r"tamegrad.+: got .+; allowed: .+; next: .+\n")
 
 
@@ -54,8 +58,11 @@ def numbers(folder: Path) -> dict[str, Any]:
 
 
 def timeless(document: dict[str, Any]) -> object:
-    runs = [{k: v for k, v in one.items() if "milliseconds" not in k} for one in document["runs"]]
-    return {**document, "runs": runs, "environment": None}
+    parts = {
+        part: [{k: v for k, v in one.items() if "milliseconds" not in k} for one in document[part]]
+        for part in ("strategies", "runs")
+    }
+    return {**document, **parts, "environment": None}
 
 
 # Options and help
@@ -109,10 +116,10 @@ def test_compares_and_names_the_output(run: Run, song: str, tmp_path: Path) -> N
     code, out, err = run("compare", "--text", song, "--steps", "2", "--seed", "3", "--out", "here/there")
     assert code == 0
     assert "Page:    here/there/index.html" in out
-    assert "Use " in out
+    assert "Pass --seeds 5 to see what lasts." in out
     assert all(name in out and name in err for name in STRATEGIES)
     document = numbers(tmp_path / "here" / "there")
-    assert document["schema"] == 1
+    assert document["schema"] == 2
     assert not document["partial"]
     assert [one["strategy"] for one in document["runs"]] == list(STRATEGIES)
     assert all(len(one["train_loss"]) == 2 for one in document["runs"])
@@ -136,6 +143,27 @@ def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(run: Run, 
     first, again, other = (timeless(numbers(tmp_path / out)) for out in "abc")
     assert first == again
     assert first != other
+
+
+def test_several_seeds_have_a_range_and_show_progress(run: Run, song: str, tmp_path: Path) -> None:
+    given = ("--strategy", "None", "--strategy", "ClipL2PerLayer")
+    code, out, err = run("compare", "--text", song, "--steps", "2", "--seeds", "3", "--seed", "4", *given)
+    assert code == 0
+    assert "to highest" in out
+    # Printed once, at the end: stderr is no terminal here.
+    assert err.count("6/6 seed 3 of 3") == 2
+    document = numbers(tmp_path / "tamegrad-compare")
+    assert [(one["seed"], one["strategy"]) for one in document["runs"]] == [
+        (seed, strategy) for seed in (4, 5, 6) for strategy in ("None", "ClipL2PerLayer")
+    ]
+    for strategy in document["strategies"]:
+        losses = [one["final_loss"] for one in document["runs"] if one["strategy"] == strategy["strategy"]]
+        assert strategy["final_loss"] == {
+            "mean": statistics.fmean(losses),
+            "lowest": min(losses),
+            "highest": max(losses),
+        }
+        assert f"{min(losses):.3f} to {max(losses):.3f}" in out
 
 
 def test_existing_files_and_folders_are_left_alone(run: Run, song: str, tmp_path: Path) -> None:
@@ -181,12 +209,33 @@ def test_a_dot_as_output_folder_means_beside_the_current_folder(
         (("--threshold", "-1"), "--threshold: got -1.0; allowed: a number above 0"),
         (("--threshold", "nan"), "--threshold: got nan; allowed: a number above 0"),
         (("--threshold", "much"), "--threshold: got 'much'; allowed: a number; next: run tamegrad compare --help"),
-        (("--steps", "0"), "--steps: got 0; allowed: a whole number of at least 1; next: leave it out for 300"),
-        (("--steps", "-3"), "--steps: got -3; allowed: a whole number of at least 1"),
+        (
+            ("--text", ""),
+            "--text: got ''; allowed: a text file or a folder; next: leave it out for Python's own source",
+        ),
+        (
+            ("--text", "x" * 5000),
+            f"--text {'x' * 143}...{'x' * 150}: got a path that cannot be read (File name too long)",
+        ),
+        (("--text", "\x1b[2J"), r"--text \x1b[2J: got a path that does not exist"),
+        (("--text", "two\nlines"), r"--text two\nlines: got a path that does not exist"),
+        (("--text", "caf\udce9"), r"--text caf\xe9: got a path that does not exist"),
+        (
+            ("--steps", "0"),
+            "--steps: got 0; allowed: a whole number from 1 to 1,000,000,000; next: leave it out for 300",
+        ),
+        (("--steps", "-3"), "--steps: got -3; allowed: a whole number from 1"),
+        (("--steps", "9" * 400), f"--steps: got {'9' * 150}...{'9' * 150}; allowed: a whole number from 1"),
+        (("--steps", "9" * 5000), f"--steps: got '{'9' * 149}...{'9' * 149}'; allowed: a whole number"),
+        (("--seeds", "0"), "--seeds: got 0; allowed: a whole number from 1 to 1,000; next: leave it out for 1"),
+        (("--seeds", "2.5"), "--seeds: got '2.5'; allowed: a whole number; next: "),
         (("--steps", "1.5"), "--steps: got '1.5'; allowed: a whole number; next: "),
         (("--seed", "-1"), "--seed: got -1; allowed: a whole number from 0 to 2**63 - 1"),
-        (("--lr", "0"), "--lr: got 0.0; allowed: a finite number above 0; next: leave it out for 0.25"),
-        (("--lr", "nan"), "--lr: got nan; allowed: a finite number above 0"),
+        (("--lr", "0"), "--lr: got 0.0; allowed: a number from 1.2e-38 to 3.4e+38; next: leave it out for 0.25"),
+        (("--lr", "nan"), "--lr: got nan; allowed: a number from"),
+        (("--lr", "1e308"), "--lr: got 1e+308; allowed: a number from"),
+        (("--lr", "9" * 400), "--lr: got inf; allowed: a number from"),
+        (("--out", "x" * 300), "--out xxx"),
         (("--out", ""), "--out: got ''; allowed: the path of a folder; next: leave it out for tamegrad-compare"),
         (("--out", "/"), "--out: got '/'; allowed: the path of a folder"),
         (
@@ -235,24 +284,82 @@ def test_an_unwritable_folder_is_refused_before_training(run: Run, song: str, mo
     assert code == 2
     assert err == (
         "tamegrad: --out tamegrad-compare: got a path that cannot be written to (Permission denied); "
-        "allowed: a folder that can be made and written to; next: pass another folder to --out\n"
+        "allowed: a folder that can be made and written to, with space for some megabytes; "
+        "next: pass another folder to --out\n"
     )
 
 
-def test_a_full_disk_at_the_end_is_one_line(run: Run, song: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
+def test_a_full_disk_is_refused_before_training(run: Run, song: str, tmp_path: Path) -> None:
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, usual[1]))
+    try:
+        code, out, err = run("compare", "--text", song)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    assert (code, out) == (2, "")
+    assert err.startswith("tamegrad: --out tamegrad-compare: got a path that cannot be written to (File too large); ")
+    assert LINE.fullmatch(err)
+    assert list(tmp_path.iterdir()) == []
+
+
+def full(monkeypatch: pytest.MonkeyPatch, *folders: Path) -> None:
+    """Lets nothing more be written to these folders, as if their disks were full."""
+    write_text = Path.write_text
+
+    def refuse(path: Path, *given: Any, **options: Any) -> int:
+        if path.parent.resolve() in folders:
+            raise OSError(28, "No space left on device")
+        return write_text(path, *given, **options)
 
     monkeypatch.setattr(Path, "write_text", refuse)
-    code, _, err = run("compare", "--text", song, "--steps", "1", "--strategy", "None")
+
+
+def test_a_disk_that_is_full_after_training_loses_nothing(
+    run: Run, song: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    full(monkeypatch, tmp_path / "study")
+    code, out, err = run("compare", "--text", song, "--steps", "1", "--strategy", "None", "--out", "study")
     assert code == 2
+    (elsewhere,) = tmp_path.glob("tamegrad-compare-*")
+    assert numbers(elsewhere)["runs"][0]["strategy"] == "None"
+    assert f"Page:    {elsewhere}/index.html" in out
+    assert err.splitlines()[-1] == (
+        "tamegrad: --out study: got a path that cannot be written to (No space left on device); allowed: a folder that "
+        f"can be made and written to, with space for some megabytes; next: find the results in {elsewhere}"
+    )
+
+
+def test_with_every_disk_full_the_numbers_are_still_shown(
+    run: Run, song: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    full(monkeypatch, tmp_path / "study")
+    code, out, err = run("compare", "--text", song, "--steps", "1", "--strategy", "None", "--out", "study")
+    assert code == 2
+    assert " None " in out
+    assert "Page:" not in out
     assert "(No space left on device)" in err.splitlines()[-1]
 
 
-def test_a_path_with_a_line_break_still_makes_one_line(run: Run) -> None:
-    code, _, err = run("compare", "--text", "two\nlines")
-    assert code == 2
-    assert LINE.fullmatch(err)
+def test_paths_that_are_not_utf8_lose_nothing(
+    run: Run, song: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "caf\udce9.txt").write_text(Path(song).read_text())
+    given = ("compare", *QUICK, "--text", "caf\udce9.txt", "--out", "out\udce9")
+    monkeypatch.setattr(sys, "argv", ["tamegrad", *given])
+    code, out, _ = run(*given)
+    assert code == 0
+    document = numbers(tmp_path / "out\udce9")
+    assert document["text"]["source"] == r"caf\xe9.txt"
+    assert document["environment"]["command"].endswith(r"--text 'caf\xe9.txt' --out 'out\xe9'")
+    assert r"Page:    out\xe9/index.html" in out
+
+
+def test_control_characters_in_a_path_do_not_reach_the_terminal(run: Run, song: str) -> None:
+    code, out, _ = run("compare", *QUICK, "--text", song, "--out", "\x1b[2J")
+    assert (code, "\x1b" in out) == (0, False)
+    assert r"Page:    \x1b[2J/index.html" in out
 
 
 @pytest.mark.parametrize("module", ["click", "rich", "plotly", "jinja2", "torch"])
