@@ -65,8 +65,11 @@ def test_runs_that_diverged_are_named() -> None:
     ("run", "why"),
     [
         (run_of("diverged", 2.0, (99.0,)), "none learned. Try a smaller --lr or --threshold."),
-        (run_of("learned nothing", 5.6), "none learned. Try a smaller --lr or --threshold."),
-        (run_of("stopped", float("nan"), ended="non-finite"), "none learned. Try a smaller --lr or --threshold."),
+        (run_of("learned nothing", 5.6), "none learned. Try a larger --lr or more --steps."),
+        (
+            run_of("stopped", float("nan"), (float("nan"),), ended="non-finite"),
+            "none learned. Try a smaller --lr or --threshold.",
+        ),
         (run_of("interrupted", 2.0, ended="interrupted"), "no run was completed."),
     ],
 )

@@ -130,7 +130,8 @@ def _range(strategy: StrategyResults) -> str:
     spread = strategy["final_loss"]
     if spread is None:
         return number(None)
-    return f"{number(spread['lowest'], '.3f')} to {number(spread['highest'], '.3f')}"
+    lowest, highest = number(spread["lowest"], ".3f"), number(spread["highest"], ".3f")
+    return lowest if lowest == highest else f"{lowest} to {highest}"
 
 
 def _diverged_at(strategy: StrategyResults) -> str:

@@ -1,24 +1,19 @@
 """The terminal's output: progress bars during training, and the table at the end."""
 
 import sys
-from collections.abc import Sequence
 from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from tamegrad.streams import written_if_possible
-from tamegrad.study.columns import Column, columns_of, rules
+from tamegrad.study.columns import columns_of, rules
 from tamegrad.study.results import Results, StrategyResults
 from tamegrad.study.settings import Settings
 from tamegrad.study.train import Run
-from tamegrad.terminal import output, plain_table
+from tamegrad.terminal import Row, Title, output, print_table
 
 __all__ = ["Bars", "print_results"]
-
-NARROWEST_NAME = 7
-GAP = 2  # columns of the terminal between two of the table
 
 
 class Bars:
@@ -80,39 +75,16 @@ def print_results(results: Results) -> None:
     Args:
         results: The results of the comparison.
     """
-    console, columns = output(), columns_of(results)
-    rows = [[column.cell(strategy) for column in columns] for strategy in results["strategies"]]
-    styles = [_style(strategy, results) for strategy in results["strategies"]]
-    # Narrow headings leave room for the names in a terminal of the usual width.
-    headings = [column.title.replace(" ", "\n", 1) for column in columns]
-    widths = [max(map(len, [*heading.split("\n"), *cells])) for heading, *cells in zip(headings, *rows, strict=True)]
-    if sum(widths[1:]) + NARROWEST_NAME + GAP * len(columns) <= console.width:
-        console.print(_table(headings, widths, rows, styles))
-    else:
-        for row, style in zip(rows, styles, strict=True):
-            console.print(_block(columns, row), style=style, highlight=False)
+    console, (name, *numbers) = output(), columns_of(results)
+    titles = [Title(name.title, numbers=False), *(Title(column.title, numbers=True) for column in numbers)]
+    rows = [
+        Row([column.cell(strategy) for column in (name, *numbers)], _style(strategy, results))
+        for strategy in results["strategies"]
+    ]
+    print_table(console, titles, rows)
     for rule in rules(results):
         console.print(rule, style="dim", highlight=False)
     console.print(results["recommendation"], style="bold", highlight=False, soft_wrap=True)
-
-
-def _table(
-    headings: Sequence[str], widths: Sequence[int], rows: Sequence[Sequence[str]], styles: Sequence[str]
-) -> Table:
-    table = plain_table()
-    table.add_column(headings[0], overflow="fold")
-    for heading, width in list(zip(headings, widths, strict=True))[1:]:
-        # Never cut, as names are: a part of a number looks like another number.
-        table.add_column(heading, min_width=width, justify="right")
-    for row, style in zip(rows, styles, strict=True):
-        table.add_row(*row, style=style)
-    return table
-
-
-def _block(columns: Sequence[Column], row: Sequence[str]) -> str:
-    """Returns a row as lines, for a terminal that is too narrow for the table."""
-    cells = [f"  {column.title}: {cell}" for column, cell in list(zip(columns, row, strict=True))[1:]]
-    return "\n".join([row[0], *cells])
 
 
 def _style(strategy: StrategyResults, results: Results) -> str:

@@ -50,9 +50,9 @@ def judge(runs: Sequence[Run]) -> Verdict:
     if not outcomes:
         return Verdict(None, (), "No strategy can be recommended: no run was completed.")
     if not learned:
-        complete = all(run.ended != "interrupted" for run in runs)
-        advice = " Try a smaller --lr or --threshold." if complete else ""
-        return Verdict(None, (), f"No strategy can be recommended: none learned.{advice}")
+        diverged = any(outcome.diverged for outcome in outcomes)
+        advice = "a smaller --lr or --threshold" if diverged else "a larger --lr or more --steps"
+        return Verdict(None, (), f"No strategy can be recommended: none learned. Try {advice}.")
     best = learned[0]
     together = [best, *(outcome for outcome in learned[1:] if not best.is_ahead_of(outcome))]
     others = [outcome for outcome in learned if outcome not in together]
