@@ -1,9 +1,10 @@
 # `make run` and `make test` need nothing but Python 3.11 or newer, a shell and the package index.
 PYTHON ?= python3
 BIN := .venv/bin
+IN_EMPTY := .venv-dist/empty/bin/python
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: run test test-long test-oldest test-ecosystem bench lint types clean
+.PHONY: run test test-long test-oldest test-ecosystem bench dist lint types clean
 
 run: .venv/run  ## the main job: one network under every strategy
 	$(BIN)/tamegrad compare
@@ -23,6 +24,19 @@ test-ecosystem: .venv-ecosystem/test  ## with Accelerate, Lightning, timm, PEFT 
 bench: .venv/bench  ## tamegrad's speed beside other tools', about eight minutes; refuses if the contract suite is red
 	$(BIN)/python benchmarks/speed.py --write docs/speed.md
 
+# The wheel is tried in an empty environment, first with NumPy alone; -I makes Python ignore the clone.
+dist: .venv-dist/build  ## wheel and sdist, in dist/
+	rm -rf dist .venv-dist/empty
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt .venv-dist/bin/python -m build
+	$(PYTHON) -m venv .venv-dist/empty
+	$(IN_EMPTY) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt dist/*.whl
+	$(IN_EMPTY) -I -c "import numpy, tamegrad; \
+		gradients, report = tamegrad.normalize({'dense': {'weight': numpy.ones(4)}}, tamegrad.Clip(1.0)); \
+		assert (gradients['dense']['weight'] == 0.5).all() and report['dense'].norm == 2.0"
+	$(IN_EMPTY) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt \
+		"$$(echo dist/*.whl)[study]"
+	.venv-dist/empty/bin/tamegrad --help
+
 lint: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -31,7 +45,7 @@ types: .venv/test
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv .venv-oldest .venv-ecosystem
+	rm -rf .venv .venv-oldest .venv-ecosystem .venv-dist dist
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -63,4 +77,9 @@ clean:
 		--constraint constraints-ecosystem.txt --editable '.[torch,cpu,ecosystem]' hypothesis pytest pytest-timeout
 	.venv-ecosystem/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt \
 		--constraint constraints-ecosystem.txt --no-deps timm
+	touch $@
+
+.venv-dist/build: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-dist
+	.venv-dist/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt build
 	touch $@

@@ -30,6 +30,7 @@ ROOMS = [
     "tamegrad.torch.optimizers",
     "tamegrad.torch.attach",
     "tamegrad.torch",
+    "tamegrad.streams",
     "tamegrad.terminal",
     "tamegrad.dl4j",
     "tamegrad.study",

@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from support.dl4j_files import MODELS
 from support.processes import run_python
 from tamegrad import Policy, cli
-from tamegrad.dl4j import read_policy
+from tamegrad.dl4j import read_policy, table
 
 
 def run(*arguments: str) -> int:
@@ -52,7 +53,15 @@ def test_a_name_cannot_control_the_terminal(tmp_path: Path, capsys: pytest.Captu
     assert r"'[red]\x1b[2J'" in out
 
 
-@pytest.mark.parametrize("arguments", [("missing.zip",), ("missing.zip", "--python"), (), ("a", "b"), ("a", "--pyton")])
+def test_a_narrow_terminal_gets_a_list(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "output", lambda: Console(width=30))
+    assert run(str(MODELS / "wrapped.zip")) == 0
+    assert capsys.readouterr().out.startswith("layer0\n  class: LSTM\n  in: 4\n  out: 5\n  strategy:")
+
+
+@pytest.mark.parametrize(
+    "arguments", [("",), ("missing.zip",), ("missing.zip", "--python"), (), ("a", "b"), ("a", "--pyton")]
+)
 def test_an_error_is_one_line_and_exit_code_2(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*arguments) == 2
     captured = capsys.readouterr()

@@ -1,6 +1,6 @@
 """`python -m tamegrad` is the command `tamegrad`."""
 
-from tamegrad.cli import main
+from tamegrad_command import main
 
 if __name__ == "__main__":
     main()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from tamegrad import __version__
 from tamegrad.errors import MissingExtraError, SettingError, TamegradError, closest, quoted
+from tamegrad.streams import ReaderGoneError, checked_stdout, printable, write_error_line
 
 if TYPE_CHECKING:
     import click
@@ -18,6 +19,9 @@ __all__ = ["main"]
 EXIT_DONE = 0
 EXIT_FIXABLE = 2
 EXIT_INTERRUPTED = 130
+
+# A longer argument is shortened in a message, so that the rest of the message is not lost from sight.
+_LONGEST_SHOWN = 300
 
 # The extra that installs each package, by import name.
 _EXTRAS = {
@@ -53,7 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 def _run(arguments: list[str]) -> int:
     try:
-        return _run_click(arguments)
+        with checked_stdout():
+            return _run_click(arguments)
+    except ReaderGoneError:
+        return EXIT_DONE
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing not in _EXTRAS:
@@ -62,7 +69,7 @@ def _run(arguments: list[str]) -> int:
     except TamegradError as error:
         return _refuse(error)
     except KeyboardInterrupt:
-        sys.stderr.write("tamegrad: interrupted\n")
+        write_error_line("tamegrad: interrupted")
         return EXIT_INTERRUPTED
 
 
@@ -146,7 +153,14 @@ def _missing_extra(module: str) -> MissingExtraError:
 
 
 def _refuse(error: TamegradError) -> int:
-    # One line, even if a path or an argument holds line breaks.
-    line = " ".join(str(error).splitlines())
-    sys.stderr.write(f"{line}\n" if line.startswith("tamegrad") else f"tamegrad: {line}\n")
+    where, got = _shown(error.where), _shown(error.got)
+    line = str(TamegradError(where, got=got, allowed=error.allowed, advice=error.advice))
+    write_error_line(line if line.startswith("tamegrad") else f"tamegrad: {line}")
     return EXIT_FIXABLE
+
+
+def _shown(text: str) -> str:
+    """Returns a text on one line, without the middle of a long one."""
+    line = printable(text)
+    half = _LONGEST_SHOWN // 2
+    return line if len(line) <= _LONGEST_SHOWN else f"{line[:half]}...{line[-half:]}"

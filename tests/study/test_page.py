@@ -6,7 +6,10 @@ from typing import Any
 
 import plotly.graph_objects as go  # type: ignore[import-untyped]  # plotly has no types
 import pytest
+from rich.console import Console
 
+from tamegrad.study import table
+from tamegrad.study.columns import columns_of, number
 from tamegrad.study.compare import Comparison, compare
 from tamegrad.study.page import make_page, write_page
 from tamegrad.study.results import Results, make_results
@@ -96,9 +99,9 @@ def test_text_from_users_is_escaped(page: Elements) -> None:
 def test_both_themes_have_a_colour_for_every_strategy(results: Results) -> None:
     source = make_page(results)
     light, dark = source.split("@media (prefers-color-scheme: dark)")[:2]
-    for number in range(len(STRATEGIES)):
-        assert f"--c{number}: #" in light
-        assert f"--c{number}: #" in dark
+    for color in range(len(STRATEGIES)):
+        assert f"--c{color}: #" in light
+        assert f"--c{color}: #" in dark
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -143,7 +146,7 @@ def test_every_strategy_has_a_heat_map(charts: dict[str, Any]) -> None:
 
 
 def test_a_partial_comparison_says_so(tmp_path: Path) -> None:
-    interrupted = Comparison(Settings(), Text(b"text", "a song", 1), (Run("None", None),), partial=True)
+    interrupted = Comparison(Settings(), Text(b"text", "a song", 1), (Run("None", None, 0),), partial=True)
     file = write_page(make_results(interrupted, ENVIRONMENT), tmp_path)
     assert "This comparison was interrupted" in Elements(file.read_text(encoding="utf-8")).shown
 
@@ -154,3 +157,52 @@ def test_the_terminal_shows_the_same_results(results: Results, capsys: pytest.Ca
     assert all(name in shown for name in STRATEGIES)
     assert results["recommendation"] in shown
     assert "NaN" in shown
+
+
+@pytest.fixture(scope="module")
+def seeds() -> Results:
+    text = Text(b"ninety-nine bottles of beer on the wall\n" * 500, "a song", 1)
+    return make_results(compare(Settings(steps=4, lr=1e4, seed=5, seeds=2), text, lambda _: None), ENVIRONMENT)
+
+
+def test_with_several_seeds_page_terminal_and_file_have_the_same_means_and_ranges(
+    seeds: Results, capsys: pytest.CaptureFixture[str]
+) -> None:
+    print_results(seeds)
+    terminal, page = capsys.readouterr().out, Elements(make_page(seeds)).shown
+    assert "seeds 5 to 6" in page
+    for strategy in seeds["strategies"]:
+        spread = strategy["final_loss"]
+        assert spread is not None
+        finals = [run["final_loss"] for run in seeds["runs"] if run["strategy"] == strategy["strategy"]]
+        assert len(finals) == 2
+        cells = [number(spread[key], ".3f") for key in ("mean", "lowest", "highest")]
+        (line,) = [line for line in terminal.splitlines() if line.startswith(f" {strategy['strategy']} ")]
+        assert all(cell in line and cell in page for cell in cells)
+        assert f"{sum(at is not None for at in strategy['diverged_at'])}" in line
+    assert seeds["recommendation"] in page
+    assert seeds["recommendation"] in terminal
+    assert "paired t-test" in page
+
+
+def test_with_several_seeds_a_strategy_has_one_curve_per_seed_and_one_heat_map(seeds: Results) -> None:
+    charts = json.loads(Elements(make_page(seeds)).scripts["charts"])
+    curves = [trace for trace in charts["held-out"]["data"] if "line" in trace]
+    assert [trace["name"] for trace in curves] == [*STRATEGIES, *STRATEGIES]
+    assert "ClipL2PerLayer, seed 6<br>" in next(
+        trace["hovertemplate"] for trace in curves[len(STRATEGIES) :] if trace["name"] == "ClipL2PerLayer"
+    )
+    panels = [trace for trace in charts["norms"]["data"] if trace.get("meta") != "nonfinite"]
+    assert len(panels) == len(STRATEGIES)
+
+
+@pytest.mark.parametrize("width", [20, 60, 80, 200])
+def test_a_narrow_terminal_shows_every_number(
+    width: int, results: Results, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(table, "output", lambda: Console(width=width))
+    print_results(results)
+    words = capsys.readouterr().out.split()
+    for column in columns_of(results)[1:]:
+        for strategy in results["strategies"]:
+            assert column.cell(strategy) in words

@@ -10,7 +10,9 @@ from tamegrad.study.settings import STRATEGIES, Settings, strategy_of, threshold
 
 
 def test_the_defaults() -> None:
-    assert Settings() == Settings(network="rnn", strategies=STRATEGIES, threshold=None, steps=300, seed=0, lr=0.25)
+    assert Settings() == Settings(
+        network="rnn", strategies=STRATEGIES, threshold=None, steps=300, seed=0, seeds=1, lr=0.25
+    )
     assert settings.LEARNING_RATES == {"rnn": 0.25, "lstm": 2.0}
     assert settings.THRESHOLDS == {
         "ClipElementWiseAbsoluteValue": 0.003,
@@ -53,16 +55,27 @@ def test_a_threshold_applies_to_every_strategy_that_has_one(name: str) -> None:
         ({"threshold": 0.0}, "--threshold: got 0.0; allowed: a number above 0, or inf to measure only; next: leave"),
         ({"threshold": -1.0}, "--threshold: got -1.0; allowed: a number above 0"),
         ({"threshold": math.nan}, "--threshold: got nan; allowed: a number above 0"),
-        ({"steps": 0}, "--steps: got 0; allowed: a whole number of at least 1; next: leave it out for 300"),
-        ({"steps": -5}, "--steps: got -5; allowed: a whole number of at least 1"),
+        ({"steps": 0}, "--steps: got 0; allowed: a whole number from 1 to 1,000,000,000; next: leave it out for 300"),
+        ({"steps": -5}, "--steps: got -5; allowed: a whole number from 1"),
+        ({"steps": 10**400}, "00; allowed: a whole number from 1 to 1,000,000,000"),
+        ({"seeds": 0}, "--seeds: got 0; allowed: a whole number from 1 to 1,000; next: leave it out for 1"),
+        ({"seeds": 1001}, "--seeds: got 1001; allowed"),
         ({"seed": -1}, "--seed: got -1; allowed: a whole number from 0 to 2**63 - 1; next: leave it out for 0"),
         ({"seed": 2**63}, "--seed: got 9223372036854775808; allowed"),
-        ({"lr": 0.0}, "--lr: got 0.0; allowed: a finite number above 0; next: leave it out for 0.25"),
-        ({"lr": -0.1, "network": "lstm"}, "--lr: got -0.1; allowed: a finite number above 0; next: leave it out for 2"),
+        ({"seed": 2**63 - 2, "seeds": 3}, "allowed: a whole number from 0 to 2**63 - 3; next: leave it out for 0"),
+        ({"lr": 0.0}, "--lr: got 0.0; allowed: a number from 1.2e-38 to 3.4e+38; next: leave it out for 0.25"),
+        ({"lr": -0.1, "network": "lstm"}, "--lr: got -0.1; allowed: a number from 1.2e-38 to 3.4e+38; next: leave it"),
         ({"lr": math.inf}, "--lr: got inf; allowed"),
+        ({"lr": 1e39}, "--lr: got 1e+39; allowed"),
+        ({"lr": 1e-39}, "--lr: got 1e-39; allowed"),
         ({"lr": math.nan}, "--lr: got nan; allowed"),
     ],
 )
 def test_invalid_settings_are_refused(given: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingError, match=re.escape(message)):
         Settings(**given)
+
+
+def test_the_seeds_follow_the_one_given() -> None:
+    assert list(Settings(seed=5, seeds=3).every_seed) == [5, 6, 7]
+    assert list(Settings(seed=2**63 - 1).every_seed) == [2**63 - 1]

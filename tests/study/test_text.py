@@ -73,6 +73,21 @@ def test_binary_and_short_files_are_refused(tmp_path: Path, content: bytes, foun
         read_text(file)
 
 
+def test_a_path_that_is_not_utf8_is_read_and_named_in_utf8(tmp_path: Path, text_file: Path) -> None:
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt"))
+    path.write_bytes(text_file.read_bytes())
+    assert read_text(path).source == f"{tmp_path}/caf\\xe9.txt"
+    assert read_text(tmp_path).files == 2
+
+
+@pytest.mark.parametrize("length", [300, 5000])
+def test_a_path_that_is_too_long_is_refused(length: int) -> None:
+    with pytest.raises(
+        SettingError, match=r"got a path that cannot be read \(File name too long\); allowed: a readable"
+    ):
+        read_text(Path("x" * length))
+
+
 def test_a_missing_path_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         SettingError, match="got a path that does not exist; allowed: a text file or a folder; next: pass"
@@ -100,5 +115,5 @@ def test_an_unreadable_file_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(module, "_read", refuse)
     for path in (text_file, tmp_path):
-        with pytest.raises(SettingError, match=r"song.txt: got a file that cannot be read \(Permission denied\)"):
+        with pytest.raises(SettingError, match=r"song.txt: got a path that cannot be read \(Permission denied\)"):
             read_text(path)

@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ def text() -> Text:
 
 def trained(text: Text, strategy: str, **given: float) -> Run:
     settings = Settings(strategies=(strategy,), **{"steps": 4, **given})  # type: ignore[arg-type]  # numbers only
-    run = new_run(settings, strategy)
+    run = new_run(settings, strategy, settings.seed)
     train(settings, text, run, lambda _: None)
     return run
 
@@ -31,7 +32,7 @@ def recorded(run: Run) -> list[object]:
 @pytest.mark.parametrize("network", NETWORKS)
 def test_every_network_has_the_layers_of_the_charts(network: str, text: Text) -> None:
     settings = Settings(network=network, strategies=("RenormalizeL2PerParamType",), steps=1)
-    run = new_run(settings, "RenormalizeL2PerParamType")
+    run = new_run(settings, "RenormalizeL2PerParamType", 0)
     train(settings, text, run, lambda _: None)
     assert run.layers == ("embedding", "rnn.l0", "rnn.l1", "out")
 
@@ -133,7 +134,7 @@ def test_a_run_that_becomes_nonfinite_is_stopped_and_marked(text: Text) -> None:
 def test_diverged_at_is_the_first_loss_that_is_not_finite_or_above_the_limit(
     losses: list[float], step: int | None
 ) -> None:
-    run = Run("None", None, steps=[Step(loss, 1.0, (1.0,), (False,), 1.0) for loss in losses])
+    run = Run("None", None, 0, steps=[Step(loss, 1.0, (1.0,), (False,), 1.0) for loss in losses])
     assert run.diverged_at == step
     assert not run.recovered
 
@@ -141,10 +142,28 @@ def test_diverged_at_is_the_first_loss_that_is_not_finite_or_above_the_limit(
 @pytest.mark.parametrize(("last", "recovered"), [(3.0, True), (99.0, False)])
 def test_a_run_that_ends_under_the_limit_has_recovered(last: float, *, recovered: bool) -> None:
     steps = [Step(loss, 1.0, (1.0,), (False,), 1.0) for loss in (5.0, 99.0, last)]
-    assert Run("None", None, steps=steps, ended="completed").recovered == recovered
-    assert Run("None", None, steps=steps, ended="completed").diverged_at == 2
+    assert Run("None", None, 0, steps=steps, ended="completed").recovered == recovered
+    assert Run("None", None, 0, steps=steps, ended="completed").diverged_at == 2
 
 
 def test_the_held_out_loss_is_measured_first_last_and_in_between(text: Text) -> None:
     assert [number for number, _ in trained(text, "None", steps=3).held_out] == [0, 1, 2, 3]
     assert [number for number, _ in trained(text, "torch-global", steps=41).held_out][-3:] == [36, 39, 41]
+
+
+@pytest.mark.parametrize(
+    ("losses", "final", "ended", "learned"),
+    [
+        ((5.0, 4.0), 3.0, "completed", True),
+        ((5.0, 99.0, 4.0), 3.0, "completed", True),
+        ((5.0, 99.0), 3.0, "completed", False),
+        ((5.0, 4.0), 5.5, "completed", False),
+        ((5.0, 4.0), 3.0, "interrupted", False),
+        ((5.0, math.nan), math.nan, "non-finite", False),
+    ],
+)
+def test_a_run_has_learned_if_it_was_completed_with_a_lower_loss_and_under_the_limit(
+    losses: tuple[float, ...], final: float, ended: Any, *, learned: bool
+) -> None:
+    steps = [Step(loss, 1.0, (1.0,), (False,), 1.0) for loss in losses]
+    assert Run("None", None, 0, (), steps, [(0, 5.5), (len(steps), final)], ended).learned == learned

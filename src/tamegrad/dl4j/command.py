@@ -3,6 +3,7 @@
 import click
 
 from tamegrad.dl4j import policy_as_python, policy_of, read_model
+from tamegrad.errors import SettingError
 
 __all__ = ["dl4j"]
 
@@ -24,6 +25,10 @@ Examples:
 @click.option("--python", "as_python", is_flag=True, help="Print Python code that builds the policy instead.")
 def dl4j(*, file: str, as_python: bool) -> None:
     """Reads a file and prints its layers or its policy."""
+    if not file:  # pathlib takes it for the current folder
+        raise SettingError(
+            "tamegrad dl4j", got="''", allowed="the path of a file", advice="pass a saved model or its configuration"
+        )
     model = read_model(file)
     if as_python:
         # Nothing else, so that the output is valid Python.

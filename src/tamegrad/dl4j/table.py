@@ -1,14 +1,15 @@
 """Prints a Deeplearning4j model as a table."""
 
-from rich.table import Table
-from rich.text import Text
-
 from tamegrad.dl4j.layers import Dl4jLayer, Dl4jModel
 from tamegrad.strategies import Clip, ClipValue, GradientNormalization
-from tamegrad.terminal import output, plain_table
+from tamegrad.terminal import Row, Title, output, print_table
 
 __all__ = ["print_model"]
 
+_TITLES = tuple(
+    Title(title, numbers=title in {"in", "out", "threshold"})
+    for title in ("layer", "class", "in", "out", "strategy", "threshold")
+)
 _NOTHING = "–"
 
 
@@ -19,18 +20,9 @@ def print_model(model: Dl4jModel) -> None:
         model: The model.
     """
     console = output()
-    console.print(_table(model))
+    rows = [Row(_cells(layer), "" if layer.has_parameters else "dim") for layer in model.layers]
+    print_table(console, _TITLES, rows)
     console.print(f"A {model.network}. Pass --python for the policy that does the same in PyTorch.", highlight=False)
-
-
-def _table(model: Dl4jModel) -> Table:
-    table = plain_table()
-    for title in ("layer", "class", "in", "out", "strategy", "threshold"):
-        table.add_column(title, justify="right" if title in {"in", "out", "threshold"} else "left", overflow="fold")
-    for layer in model.layers:
-        # As text, not as markup: a layer's name may hold brackets or terminal control characters.
-        table.add_row(*(Text(cell) for cell in _cells(layer)), style="" if layer.has_parameters else "dim")
-    return table
 
 
 def _cells(layer: Dl4jLayer) -> tuple[str, ...]:

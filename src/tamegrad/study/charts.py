@@ -25,7 +25,7 @@ MARGIN_TOP, MARGIN_BOTTOM = 30, 44
 
 
 def loss_chart(results: Results, names: list[str], *, held_out: bool) -> Figure:
-    """Draws the losses over the steps, one curve per strategy, on a log axis with an upper limit.
+    """Draws the losses over the steps, one curve per run, on a log axis with an upper limit.
 
     Args:
         results: The results of the comparison.
@@ -41,7 +41,7 @@ def loss_chart(results: Results, names: list[str], *, held_out: bool) -> Figure:
         index = names.index(run["strategy"])
         steps, losses = _curve(run, held_out=held_out)
         lowest = min([lowest, *(loss for loss in losses if loss > 0)])
-        traces.append(_curve_trace(run, index, steps, losses, markers=held_out))
+        traces.append(_curve_trace(run, index, steps, losses, markers=held_out, label=_label(run, results)))
         if run["diverged_at"] is not None:
             traces.append(_diverged_trace(run, index, results))
     return {
@@ -69,7 +69,7 @@ def loss_chart(results: Results, names: list[str], *, held_out: bool) -> Figure:
 
 
 def heat_map(results: Results) -> Figure:
-    """Draws each layer's gradient norm over the steps, one panel per strategy, on one colour scale.
+    """Draws each layer's gradient norm over the steps, one panel per strategy, on one colour scale; for the first seed.
 
     Args:
         results: The results of the comparison.
@@ -77,7 +77,7 @@ def heat_map(results: Results) -> Figure:
     Returns:
         The figure; items with the `meta` "nonfinite" get the colour of non-finite norms.
     """
-    runs = [run for run in results["runs"] if run["norm"]]
+    runs = [run for run in results["runs"] if run["norm"] and run["seed"] == results["settings"]["seed"]]
     layers = max((len(run["layer_norms"]) for run in runs), default=0)
     panel = layers * ROW_HEIGHT
     inner = len(runs) * (panel + PANEL_GAP) - PANEL_GAP
@@ -127,7 +127,13 @@ def _curve(run: RunResults, *, held_out: bool) -> tuple[list[int], list[float]]:
     return list(range(1, len(run["train_loss"]) + 1)), run["train_loss"]
 
 
-def _curve_trace(run: RunResults, index: int, steps: list[int], losses: list[float], *, markers: bool) -> Figure:
+def _label(run: RunResults, results: Results) -> str:
+    return run["strategy"] if results["settings"]["seeds"] == 1 else f"{run['strategy']}, seed {run['seed']}"
+
+
+def _curve_trace(
+    run: RunResults, index: int, steps: list[int], losses: list[float], *, markers: bool, label: str
+) -> Figure:
     return {
         "type": "scatter",
         "name": run["strategy"],
@@ -137,7 +143,7 @@ def _curve_trace(run: RunResults, index: int, steps: list[int], losses: list[flo
         "line": {"width": 2 if markers else 1.1, "dash": DASHES[index]},
         "marker": {"symbol": SYMBOLS[index], "size": 6},
         "meta": {"strategy": run["strategy"], "color": index},
-        "hovertemplate": f"{run['strategy']}<br>step %{{x}}: %{{y:.3f}}<extra></extra>",
+        "hovertemplate": f"{label}<br>step %{{x}}: %{{y:.3f}}<extra></extra>",
     }
 
 
@@ -154,7 +160,7 @@ def _diverged_trace(run: RunResults, index: int, results: Results) -> Figure:
         "marker": {"symbol": "x", "size": 12, "line": {"width": 1}},
         "cliponaxis": False,
         "meta": {"strategy": run["strategy"], "color": index},
-        "hovertemplate": f"{run['strategy']}<br>diverged at step %{{x}}{ended}<extra></extra>",
+        "hovertemplate": f"{_label(run, results)}<br>diverged at step %{{x}}{ended}<extra></extra>",
     }
 
 

@@ -1,45 +1,52 @@
 """The command `tamegrad compare`: its options, the checks before training, and the files it writes."""
 
-import itertools
 import os
 import platform
 import shlex
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from tamegrad import __version__
 from tamegrad.errors import SettingError
-from tamegrad.study.settings import LEARNING_RATES, NETWORKS, SEED, STEPS, STRATEGIES, THRESHOLDS, Settings
+from tamegrad.streams import OutputError, ReaderGoneError, printable
+from tamegrad.study.settings import LEARNING_RATES, NETWORKS, OUT, SEED, SEEDS, STEPS, STRATEGIES, THRESHOLDS, Settings
 from tamegrad.study.text import read_text
+
+if TYPE_CHECKING:
+    from tamegrad.study.files import Files
+    from tamegrad.study.results import Results
 
 __all__ = ["compare"]
 
-OUT = "tamegrad-compare"
-
 NumberT = TypeVar("NumberT")
 
-_HELP = """Train one network under each strategy and recommend one.
+_HELP = """Train one network under each strategy and compare them.
 
 The same recurrent network is trained on the same text from the same seed, once under each of Deeplearning4j's six
-gradient normalizations and once under PyTorch's global clip (torch-global). The command prints a table and a
-recommendation, and writes a folder with results.json and index.html (open it in a browser, no network needed).
+gradient normalizations and once under PyTorch's global clip (torch-global). The command prints a table and what it
+shows, and writes a folder with results.json and index.html (open it in a browser, no network needed).
+
+One seed shows which strategies train. With several (--seeds 5) the command names the best one, if they can tell.
 
 The defaults make training unstable on purpose: without normalization the rnn's loss is not finite after a few steps.
-They take about a minute. Ctrl-C keeps the results so far.
+They take about a minute for each seed. Ctrl-C keeps the results so far.
 """
 
 _EPILOG = """\b
 Examples:
   tamegrad compare
   tamegrad compare --text my-corpus/ --network lstm
+  tamegrad compare --text my-corpus/ --seeds 5
   tamegrad compare --strategy ClipL2PerLayer --strategy torch-global --threshold 0.5
   tamegrad compare --steps 1000 --lr 0.05 --out my-study
 """
@@ -71,7 +78,7 @@ def _per_name(values: dict[str, float]) -> str:
     return ", ".join(f"{value:g} for {name}" for name, value in values.items())
 
 
-@click.command(help=_HELP, epilog=_EPILOG, short_help="Train one network under each strategy and recommend one.")
+@click.command(help=_HELP, epilog=_EPILOG, short_help="Train one network under each strategy and compare them.")
 @click.option(
     "--text",
     metavar="FILE_OR_FOLDER",
@@ -98,6 +105,9 @@ def _per_name(values: dict[str, float]) -> str:
 )
 @_whole_number_option("--steps", default=STEPS, help="Training steps per run.")
 @_whole_number_option("--seed", default=SEED, help="The same seed gives the same numbers on the same machine.")
+@_whole_number_option(
+    "--seeds", default=SEEDS, help="Repeat the comparison with this many seeds: the one given, and those after it."
+)
 @_number_option(
     "--lr",
     help=f"Learning rate of plain SGD, the same for every strategy.  [default: {_per_name(LEARNING_RATES)}]",
@@ -117,69 +127,75 @@ def compare(
     threshold: float | None,
     steps: int,
     seed: int,
+    seeds: int,
     lr: float | None,
     out: str,
 ) -> None:
     """Checks the settings, trains, writes the files and prints the results."""
-    settings = Settings(network, strategies, threshold, steps, seed, lr)
+    settings = Settings(network, strategies, threshold, steps, seed, seeds, lr)
+    if text == "":  # pathlib takes it for the current folder
+        raise SettingError(
+            "--text", got="''", allowed="a text file or a folder", advice="leave it out for Python's own source"
+        )
     corpus = read_text(None if text is None else Path(text))
     # Imported late, because they load PyTorch and plotly: help and setting errors come at once.
     from tamegrad.study.compare import compare as train_all
-    from tamegrad.study.page import write_page
-    from tamegrad.study.results import make_results, read_results, write_results
-    from tamegrad.study.table import Bars, print_results
+    from tamegrad.study.files import new_folder, write_files
+    from tamegrad.study.results import make_results
+    from tamegrad.study.table import Bars
 
-    folder = _new_folder(out)
-    started, clock = datetime.now(UTC), time.perf_counter()
-    with Bars(settings) as bars:
-        comparison = train_all(settings, corpus, bars.after_step)
-    results = make_results(comparison, _environment(started, time.perf_counter() - clock))
-    try:
-        numbers = write_results(results, folder)
-        # Made from the written file, so that the page shows only what the file holds.
-        page = write_page(read_results(numbers), folder)
-    except OSError as error:
-        raise _not_writable(str(folder), error) from error
-    print_results(results)
-    click.echo(f"Page:    {page}\nNumbers: {numbers}")
+    with _results_kept():
+        folder = new_folder(out)
+        started, clock = datetime.now(UTC), time.perf_counter()
+        with Bars(settings) as bars:
+            comparison = train_all(settings, corpus, bars.after_step)
+        results = make_results(comparison, _environment(started, time.perf_counter() - clock))
+        files = write_files(results, folder)
+        _show(results, files)
+    if files.error is not None:
+        raise files.error
     if comparison.partial:
-        click.echo("Partial: interrupted; these are the results so far.")
         raise click.Abort
 
 
-def _new_folder(out: str) -> Path:
-    """Makes the folder or, if that path exists, one beside it with the next free number."""
-    wanted = Path(out)
-    if not out or not wanted.resolve().name:
-        raise SettingError("--out", got=repr(out), allowed="the path of a folder", advice=f"leave it out for {OUT}")
-    # The name of "." or ".." is only known once resolved.
-    base = wanted if wanted.name not in {"", ".."} else wanted.resolve()
-    for number in itertools.count(1):
-        folder = base if number == 1 else base.with_name(f"{base.name}-{number}")
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise _not_writable(out, error) from error
-        return folder
-    raise AssertionError  # count never ends
+@contextmanager
+def _results_kept() -> Iterator[None]:
+    """Ignores Ctrl-C within a `with` block, except while `compare` trains: results are written and shown first."""
+    usual = signal.getsignal(signal.SIGINT)
+    if usual is signal.SIG_IGN or usual is None:
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
 
 
-def _not_writable(out: str, error: OSError) -> SettingError:
-    return SettingError(
-        f"--out {out}",
-        got=f"a path that cannot be written to ({error.strerror})",
-        allowed="a folder that can be made and written to",
-        advice="pass another folder to --out",
-    )
+def _show(results: "Results", files: "Files") -> None:
+    from tamegrad.study.table import print_results
+
+    try:
+        print_results(results)
+        if files.page is not None:
+            click.echo(f"Page:    {printable(str(files.page))}\nNumbers: {printable(str(files.numbers))}")
+        if results["partial"]:
+            click.echo("Partial: interrupted; these are the results so far.")
+        sys.stdout.flush()
+    except OutputError as error:
+        if files.page is None:
+            raise
+        advice = f"open {printable(str(files.page))}"
+        raise OutputError(error.where, got=error.got, allowed=error.allowed, advice=advice) from error
+    except ReaderGoneError:
+        return  # the files have it all
 
 
 def _environment(started: datetime, seconds: float) -> dict[str, Any]:
     """Returns the command line, time, versions and machine of the results."""
     packages = ("torch", "numpy", "plotly")
     return {
-        "command": shlex.join(["tamegrad", *sys.argv[1:]]),
+        "command": printable(shlex.join(["tamegrad", *sys.argv[1:]])),
         "started": started.isoformat(timespec="seconds"),
         "seconds": round(seconds, 1),
         "tamegrad": __version__,

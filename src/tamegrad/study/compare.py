@@ -1,7 +1,8 @@
-"""Runs one strategy after the other, and recommends one."""
+"""Trains under one strategy after the other, from one seed after the other."""
 
+import itertools
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -11,9 +12,7 @@ from tamegrad.study.settings import Settings
 from tamegrad.study.text import Text
 from tamegrad.study.train import Run, new_run, train
 
-__all__ = ["Comparison", "compare", "recommend"]
-
-AS_GOOD = 0.02  # nats per byte: within this, another seed may reverse the order
+__all__ = ["Comparison", "compare"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +22,7 @@ class Comparison:
     Args:
         settings: Its settings.
         text: The text that the networks were trained on.
-        runs: One per strategy, as far as they got.
+        runs: One per seed and strategy, as far as they got.
         partial: Whether Ctrl-C ended it early.
     """
 
@@ -34,7 +33,7 @@ class Comparison:
 
 
 def compare(settings: Settings, text: Text, after_step: Callable[[Run], None]) -> Comparison:
-    """Trains the same network on the same excerpts from the same seed, once under each strategy.
+    """Trains the same network on the same excerpts from the same seed, once under each strategy; then the next seed.
 
     Ctrl-C ends the comparison after the current step, a second Ctrl-C at once; both keep the results so far.
 
@@ -44,7 +43,7 @@ def compare(settings: Settings, text: Text, after_step: Callable[[Run], None]) -
         after_step: Called with the run after every step, to show progress.
 
     Returns:
-        The comparison, with one run per strategy.
+        The comparison, with one run per seed and strategy.
     """
     runs: list[Run] = []
     threads = torch.get_num_threads()
@@ -53,8 +52,9 @@ def compare(settings: Settings, text: Text, after_step: Callable[[Run], None]) -
     partial = False
     try:
         with _interrupted_between_steps(after_step) as after_step_or_interrupt:
-            for strategy in settings.strategies:
-                runs.append(new_run(settings, strategy))
+            # All strategies of one seed before the next seed, so that what Ctrl-C leaves can be compared.
+            for seed, strategy in itertools.product(settings.every_seed, settings.strategies):
+                runs.append(new_run(settings, strategy, seed))
                 train(settings, text, runs[-1], after_step_or_interrupt)
     except KeyboardInterrupt:
         partial = True
@@ -71,7 +71,7 @@ def _interrupted_between_steps(after_step: Callable[[Run], None]) -> Iterator[Ca
     of a string, under `python -m`) Python kills the process with the signal even if the interrupt was handled.
     """
     usual = signal.getsignal(signal.SIGINT)
-    if usual is not signal.default_int_handler:  # leaves an ignored Ctrl-C, or a handler of the caller's, alone
+    if usual is signal.SIG_IGN or usual is None:  # ignored, or a handler that is not Python's and cannot be restored
         yield after_step
         return
 
@@ -80,7 +80,7 @@ def _interrupted_between_steps(after_step: Callable[[Run], None]) -> Iterator[Ca
     def note(*_: object) -> None:
         nonlocal pressed
         pressed = True
-        signal.signal(signal.SIGINT, usual)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def after_step_or_interrupt(run: Run) -> None:
         after_step(run)
@@ -92,36 +92,3 @@ def _interrupted_between_steps(after_step: Callable[[Run], None]) -> Iterator[Ca
         yield after_step_or_interrupt
     finally:
         signal.signal(signal.SIGINT, usual)
-
-
-def recommend(runs: Sequence[Run]) -> tuple[str | None, str]:
-    """Recommends the strategy with the lowest final held-out loss of the runs that did not diverge.
-
-    Args:
-        runs: The runs to choose from.
-
-    Returns:
-        The strategy's name, or None if no run learned without diverging, and the reason in one line.
-    """
-    completed = [run for run in runs if run.ended != "interrupted"]
-    stable = [run for run in completed if run.diverged_at is None and _final(run) < run.held_out[0][1]]
-    if not stable:
-        advice = " Try a smaller --lr or --threshold." if len(completed) == len(runs) else ""
-        return None, f"No strategy can be recommended: no completed run learned without diverging.{advice}"
-    best = min(stable, key=_final)
-    setting = "" if best.threshold is None else f" (threshold {best.threshold:g})"
-    sentence = (
-        f"Use {best.strategy}{setting}: held-out loss {_final(best):.3f}, the lowest of the runs that did not diverge."
-    )
-    close = [run.strategy for run in stable if run is not best and _final(run) - _final(best) <= AS_GOOD]
-    if close:
-        sentence += f" As good (within {AS_GOOD}): {', '.join(close)}."
-    lower = [run for run in completed if run.recovered and _final(run) < _final(best)]
-    if lower:
-        sentence += " Lower, but diverged along the way: "
-        sentence += ", ".join(f"{run.strategy} ({_final(run):.3f}, at step {run.diverged_at})" for run in lower) + "."
-    return best.strategy, sentence
-
-
-def _final(run: Run) -> float:
-    return run.held_out[-1][1]

@@ -8,7 +8,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]  # plotly has no types
 
 from tamegrad.study.charts import HIGHEST_LOSS, HIGHEST_NORM, LOWEST_NORM, heat_map, loss_chart
-from tamegrad.study.columns import COLUMNS, cells, diverged_rule
+from tamegrad.study.columns import columns_of, rules
 from tamegrad.study.results import Results, write_whole
 from tamegrad.study.settings import STRATEGIES
 
@@ -37,10 +37,9 @@ def make_page(results: Results) -> str:
     ).get_template("page.html")
     return template.render(
         results=results,
-        rows=[cells(run) for run in results["runs"]],
-        columns=COLUMNS,
+        columns=columns_of(results),
         color_of=names.index,
-        diverged_rule=diverged_rule(results),
+        rules=rules(results),
         highest_loss=HIGHEST_LOSS,
         lowest_norm=LOWEST_NORM,
         highest_norm=HIGHEST_NORM,

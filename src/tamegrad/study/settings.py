@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from tamegrad.errors import SettingError, closest, quoted
 from tamegrad.strategies import Clip, GradientNormalization, Strategy
 
@@ -19,6 +21,8 @@ NETWORKS = ("rnn", "lstm")
 # seed 0. Renormalization passed it in the first steps with some seeds, and recovered.
 STEPS = 300
 SEED = 0
+SEEDS = 1
+OUT = "tamegrad-compare"
 LEARNING_RATES = {"rnn": 0.25, "lstm": 2.0}
 
 # With these, every strategy that clips limits the norm of the rnn's whole gradient (107,264 parameters) to about 1:
@@ -36,7 +40,10 @@ DIVERGED_LOSS = 2 * UNIFORM_LOSS
 
 BATCH = 16
 LENGTH = 64
-LARGEST_SEED = 2**63 - 1
+MOST_STEPS = 1_000_000_000
+MOST_SEEDS = 1000
+# PyTorch refuses a learning rate that float32, the dtype of the parameters, cannot hold.
+SMALLEST_RATE, LARGEST_RATE = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +55,8 @@ class Settings:
         strategies: The strategies to train under: Deeplearning4j's names and `torch-global`; empty for all of them.
         threshold: The threshold of every strategy that has one; None for each strategy's default.
         steps: Training steps per run.
-        seed: Seeds the initial parameters and the choice of excerpts.
+        seed: Seeds the initial parameters and the choice of excerpts; with several seeds, the first of them.
+        seeds: How many times the comparison is repeated, each time with the next seed.
         lr: The learning rate of SGD, the same for every strategy; None for the network's default.
 
     Raises:
@@ -59,7 +67,8 @@ class Settings:
         2.0
         >>> Settings(steps=0)
         Traceback (most recent call last):
-        tamegrad.errors.SettingError: --steps: got 0; allowed: a whole number of at least 1; next: leave it out for 300
+        tamegrad.errors.SettingError: --steps: got 0; allowed: a whole number from 1 to 1,000,000,000; next: leave it
+        out for 300
     """
 
     network: str = "rnn"
@@ -67,6 +76,7 @@ class Settings:
     threshold: float | None = None
     steps: int = STEPS
     seed: int = SEED
+    seeds: int = SEEDS
     lr: float | None = None
 
     def __post_init__(self) -> None:
@@ -76,15 +86,22 @@ class Settings:
         if self.threshold is not None and not self.threshold > 0:
             advice = "leave it out for each strategy's default"
             _refuse("--threshold", self.threshold, "a number above 0, or inf to measure only", advice)
-        if self.steps < 1:
-            _refuse("--steps", self.steps, "a whole number of at least 1", f"leave it out for {STEPS}")
-        if not 0 <= self.seed <= LARGEST_SEED:
-            _refuse("--seed", self.seed, "a whole number from 0 to 2**63 - 1", f"leave it out for {SEED}")
-        if self.lr is not None and not 0 < self.lr < math.inf:
-            _refuse("--lr", self.lr, "a finite number above 0", f"leave it out for {LEARNING_RATES[self.network]:g}")
+        _check_range("--steps", self.steps, (1, MOST_STEPS), STEPS)
+        _check_range("--seeds", self.seeds, (1, MOST_SEEDS), SEEDS)
+        if not 0 <= self.seed <= 2**63 - self.seeds:  # the largest seed that PyTorch takes is 2**63 - 1
+            allowed = f"a whole number from 0 to 2**63 - {self.seeds}"
+            _refuse("--seed", self.seed, allowed, f"leave it out for {SEED}")
+        if self.lr is not None and not SMALLEST_RATE <= self.lr <= LARGEST_RATE:
+            allowed = f"a number from {SMALLEST_RATE:.2g} to {LARGEST_RATE:.2g}"
+            _refuse("--lr", self.lr, allowed, f"leave it out for {LEARNING_RATES[self.network]:g}")
         # A strategy named twice is trained once.
         object.__setattr__(self, "strategies", tuple(dict.fromkeys(self.strategies)) or STRATEGIES)
         object.__setattr__(self, "lr", LEARNING_RATES[self.network] if self.lr is None else self.lr)
+
+    @property
+    def every_seed(self) -> range:
+        """The seeds of the comparison, in order."""
+        return range(self.seed, self.seed + self.seeds)
 
     @property
     def learning_rate(self) -> float:
@@ -136,6 +153,12 @@ def _check_name(where: str, name: str, names: Sequence[str], advice: str) -> Non
     if name not in names:
         allowed = f"{quoted(names)}; closest: {quoted(closest(name, names, most=1))}"
         raise SettingError(where, got=repr(name), allowed=allowed, advice=advice)
+
+
+def _check_range(where: str, value: int, limits: tuple[int, int], default: int) -> None:
+    least, most = limits
+    if not least <= value <= most:
+        _refuse(where, value, f"a whole number from {least} to {most:,}", f"leave it out for {default}")
 
 
 def _refuse(where: str, value: float, allowed: str, advice: str) -> None:

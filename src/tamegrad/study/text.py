@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tamegrad.errors import SettingError
+from tamegrad.streams import printable
 
 __all__ = ["Text", "read_text"]
 
@@ -57,18 +58,18 @@ def read_text(path: Path | None) -> Text:
         library = Path(sysconfig.get_paths()["stdlib"])
         # Only the top level: subfolders differ more between distributions.
         return _joined(library, sorted(library.glob("*.py")), "the source of Python's standard library")
-    if path.is_dir():
-        return _joined(path, _files_of(path), str(path))
-    if not path.is_file():
-        found = "something that is not a regular file" if path.exists() else "a path that does not exist"
-        raise _refusal(path, found, "a text file or a folder")
     try:
+        if path.is_dir():
+            return _joined(path, _files_of(path), printable(str(path)))
+        if not path.is_file():
+            found = "something that is not a regular file" if path.exists() else "a path that does not exist"
+            raise _refusal(path, found, "a text file or a folder")
         data = _read(path, MOST_BYTES)
     except OSError as error:
-        raise _refusal(path, f"a file that cannot be read ({error.strerror})", "a readable file") from error
+        raise _unreadable(path, error) from error
     if data is None:
         raise _refusal(path, "a binary file", "text: UTF-8 without NUL")
-    return _checked(path, Text(data, str(path), 1))
+    return _checked(path, Text(data, printable(str(path)), 1))
 
 
 def _joined(folder: Path, files: Iterable[Path], source: str) -> Text:
@@ -80,7 +81,7 @@ def _joined(folder: Path, files: Iterable[Path], source: str) -> Text:
         try:
             part = _read(file, MOST_BYTES - size)
         except OSError as error:
-            raise _refusal(file, f"a file that cannot be read ({error.strerror})", "a readable file") from error
+            raise _unreadable(file, error) from error
         if part:
             parts.append(part)
             size += len(part)
@@ -120,6 +121,10 @@ def _checked(path: Path, text: Text) -> Text:
     if len(text.data) < FEWEST_BYTES:
         raise _refusal(path, f"{len(text.data):,} bytes", f"at least {FEWEST_BYTES:,} bytes of text")
     return text
+
+
+def _unreadable(path: Path, error: OSError) -> SettingError:
+    return _refusal(path, f"a path that cannot be read ({error.strerror})", "a readable file or folder")
 
 
 def _refusal(path: Path, got: str, allowed: str) -> SettingError:

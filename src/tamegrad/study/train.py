@@ -1,4 +1,4 @@
-"""Trains the network under one strategy and records every step."""
+"""Trains the network under one strategy from one seed, and records every step."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -47,6 +47,7 @@ class Run:
     Args:
         strategy: The strategy's name.
         threshold: Its threshold; None for a strategy that has none.
+        seed: Seeds the initial parameters and the choice of excerpts.
         layers: The network's layers.
         steps: One entry per step.
         held_out: Pairs of the number of steps done and the loss on held-out text, in nats per byte.
@@ -55,6 +56,7 @@ class Run:
 
     strategy: str
     threshold: float | None
+    seed: int
     layers: tuple[str, ...] = ()
     steps: list[Step] = field(default_factory=list)
     held_out: list[tuple[int, float]] = field(default_factory=list)
@@ -65,6 +67,17 @@ class Run:
         """The first step, counted from 1, whose training loss is not finite or above twice that of uniform guessing."""
         losses = (step.loss for step in self.steps)
         return next((number for number, loss in enumerate(losses, 1) if not loss <= DIVERGED_LOSS), None)
+
+    @property
+    def final_loss(self) -> float:
+        """The last loss on held-out text."""
+        return self.held_out[-1][1]
+
+    @property
+    def learned(self) -> bool:
+        """Whether the run was completed, ended under the limit and with a lower held-out loss than it started with."""
+        stayed = self.diverged_at is None or self.recovered
+        return self.ended == "completed" and stayed and self.final_loss < self.held_out[0][1]
 
     @property
     def recovered(self) -> bool:
@@ -123,17 +136,17 @@ def train(settings: Settings, text: Text, run: Run, after_step: Callable[[Run], 
     Args:
         settings: How to train.
         text: The text to train on.
-        run: The record to fill: a new one, with the strategy's name.
+        run: The record to fill: a new one.
         after_step: Called with the run after every step.
     """
-    network = make_network(settings.network, settings.seed)
+    network = make_network(settings.network, run.seed)
     optimizer = torch.optim.SGD(network.parameters(), lr=settings.learning_rate)
     strategy = _Strategy(run, network, optimizer)
     run.layers = strategy.layers
     excerpts = held_out_batch(text)
     every = math.ceil(settings.steps / EVALUATIONS)
     run.held_out.append((0, _held_out_loss(network, excerpts)))
-    for number, batch in zip(range(1, settings.steps + 1), batches(text, settings.seed), strict=False):
+    for number, batch in zip(range(1, settings.steps + 1), batches(text, run.seed), strict=False):
         step = _step(network, optimizer, strategy, batch)
         run.steps.append(step)
         finite = math.isfinite(step.loss)
@@ -148,17 +161,18 @@ def train(settings: Settings, text: Text, run: Run, after_step: Callable[[Run], 
             return
 
 
-def new_run(settings: Settings, strategy: str) -> Run:
+def new_run(settings: Settings, strategy: str, seed: int) -> Run:
     """Returns the empty record of a run.
 
     Args:
         settings: How to train.
         strategy: The strategy's name.
+        seed: The seed of the run.
 
     Returns:
         The record.
     """
-    return Run(strategy, threshold_of(strategy, settings.threshold))
+    return Run(strategy, threshold_of(strategy, settings.threshold), seed)
 
 
 def _step(network: ByteNetwork, optimizer: torch.optim.Optimizer, strategy: _Strategy, batch: Tensor) -> Step:
