@@ -4,6 +4,7 @@ The profiles draw the same examples in every run: a few hundred or, for `make te
 """
 
 import os
+import signal
 from importlib.metadata import PackageNotFoundError, version
 
 # Small tensors on several threads take longer, and cost all cores; what tests threads sets their number itself.
@@ -11,6 +12,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Triton reads this when a kernel is defined, so it is set before any test can import one. Nothing else here uses
 # Triton. On a machine with a GPU, TRITON_INTERPRET=0 compiles the kernels instead.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# A shell makes its background jobs ignore Ctrl-C, and so would the processes of the tests that press it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from hypothesis import HealthCheck, settings
 
