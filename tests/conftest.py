@@ -13,10 +13,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Triton. On a machine with a GPU, TRITON_INTERPRET=0 compiles the kernels instead.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from hypothesis import HealthCheck, settings
+
 # A shell makes its background jobs ignore Ctrl-C, and so would the processes of the tests that press it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-from hypothesis import HealthCheck, settings
 
 common = settings(derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("default", common, max_examples=200)
