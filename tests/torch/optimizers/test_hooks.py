@@ -401,14 +401,16 @@ def test_a_step_that_only_creates_the_optimizers_state_is_no_step(make: Any) -> 
     assert normalizer.report is report
 
 
-def test_a_warm_up_from_a_learning_rate_of_zero_counts_its_steps() -> None:
+@pytest.mark.parametrize("factor", [1.0, 0.0])
+def test_a_warm_up_from_a_learning_rate_of_zero_counts_its_steps(factor: float) -> None:
     model = a_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     normalizer = attach(model, optimizer, Clip(1.0))
-    backward(model)
+    (factor * model(torch.ones(5, 3)).square().sum()).backward()
     optimizer.step()
     assert normalizer.steps == 1
     assert normalizer.report is not None
+    assert (normalizer.report.total_norm == 0) == (factor == 0)
 
 
 @pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW])

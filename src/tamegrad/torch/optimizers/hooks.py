@@ -61,7 +61,7 @@ class StepHooks:
         self._is_normalized = False
         self._left_out: set[nn.Parameter] = set()
         self._hidden: list[tuple[nn.Parameter, Tensor]] = []
-        self._before_round: tuple[int, Report[Tensor] | None] = (0, None)
+        self._is_step = True
         self._warned_about_change = False
         self._watched_plan: object = None
         self.watch = InertnessWatch(" and ".join(type(one).__name__ for one in optimizers), attached_at)
@@ -94,15 +94,17 @@ class StepHooks:
         is_inner = self._running > 0
         self._running += 1
         if not is_inner:
-            self._begin(optimizer)
+            self._is_step = not call.only_initializes()
+            if self._is_step:
+                self._begin(optimizer)
+        if not self._is_step:
+            return None
         if is_inner != (self._normalized_step == "innermost"):
             if is_inner and closure is None:
                 self._warn_about_change(optimizer)
             return None
         if closure is None:
             self._normalize_once(optimizer)
-            if call.may_only_initialize:
-                self._forget_if_zero()
             return None
         # The gradients do not exist yet.
 
@@ -128,7 +130,6 @@ class StepHooks:
         # Gradients hidden by a step that raised are not restored: by now they may be of another batch.
         self._hidden.clear()
         self._is_normalized = False
-        self._before_round = (self.steps, self.report)
         if self._begins_round(optimizer):
             self.steps += 1
 
@@ -139,7 +140,7 @@ class StepHooks:
         for parameter, gradient in self._hidden:
             parameter.grad = gradient
         self._hidden.clear()
-        if not self._is_normalized and self._normalized_step == "innermost":
+        if self._normalized_step == "innermost" and self._is_step and not self._is_normalized:
             raise SettingError(
                 'attach(normalize="innermost")',
                 got="a step that called no other step inside, and so used its gradients as they were",
@@ -192,11 +193,6 @@ class StepHooks:
         self._watch_parameters()
         if self._may_change:
             self._snapshot = Snapshot(parameter for one in self.optimizers for parameter in held_by(one))
-
-    def _forget_if_zero(self) -> None:
-        """Leaves no trace of a step that only created the optimizer's state."""
-        if self.report is not None and self.report.total_norm == 0:
-            self.steps, self.report = self._before_round
 
     def _hide(self, optimizer: Optimizer) -> None:
         """Hides gradients: a hook cannot cancel a step, but no optimizer touches a parameter without a gradient."""

@@ -19,6 +19,7 @@ __all__ = ["NormalizedStep", "Snapshot", "StepCall", "check_loss_scales", "check
 NormalizedStep: TypeAlias = Literal["outermost", "innermost"]
 Closure: TypeAlias = Callable[[], object]
 
+_CHECKPOINT = "torch.distributed.checkpoint.state_dict"
 _OPTIMIZER_FILE = sys.modules[Optimizer.__module__].__file__
 
 
@@ -60,15 +61,19 @@ class StepCall:
         optimizer, *others = self.args
         return (optimizer, *(closure if callable(value) else value for value in others)), self.kwargs
 
-    @property
-    def may_only_initialize(self) -> bool:
-        """Whether this may be the step by which `torch.distributed.checkpoint` creates an optimizer's state.
+    def only_initializes(self) -> bool:
+        """Returns whether this is the step by which `torch.distributed.checkpoint` creates an optimizer's state.
 
-        Its learning rates are 0, in host memory, and so are its gradients.
+        Its gradients and learning rates are 0. Others may be as well, so the function that calls it decides.
         """
         optimizer: Optimizer = self.args[0]
         rates = [group.get("lr", 0.0) for group in optimizer.param_groups]
-        return not optimizer.state and all(rate == 0 for rate in rates if not isinstance(rate, Tensor) or rate.is_cpu)
+        if optimizer.state or any(rate != 0 for rate in rates if not isinstance(rate, Tensor)):
+            return False
+        return any(
+            frame.f_code.co_name == "_init_optim_state" and frame.f_globals.get("__name__") == _CHECKPOINT
+            for frame in _stack()
+        )
 
 
 def check_normalized_step(value: object) -> None:
