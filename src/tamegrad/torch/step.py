@@ -1,5 +1,7 @@
 """The four steps for one plan: measure, reduce, decide, apply."""
 
+import copy
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +37,7 @@ class Step:
         plan: The plan.
         parameters: The parameters, in its order.
         backend: Which backend is used, and why.
+        is_sharded: Whether some of them are DTensors.
         nonfinite_steps: `(G,)` int64: in how many steps so far each group held NaN or infinity.
     """
 
@@ -47,8 +50,14 @@ class Step:
         self._on_nonfinite: OnNonfinite = settings.on_nonfinite
         self._backend: Backend = BACKENDS[self.backend.name](self.plan, planned.reduction.counted)
         self._names = tuple(parameter.name for parameter in self.plan.parameters)
-        self._sharded = any(mesh_of(parameter) is not None for parameter in self.parameters)
+        self.is_sharded = any(mesh_of(parameter) is not None for parameter in self.parameters)
         self._group_names = tuple(group.name for group in self.plan.groups)
+
+    def on(self, parameters: Sequence[Any]) -> "Step":
+        """Returns the same step for these tensors, of a number and kind that the plan was made for; or for none."""
+        other = copy.copy(self)
+        other.parameters = tuple(parameters)
+        return other
 
     def collect(self) -> Gradients:
         """Collects the gradients that the parameters have now.
@@ -58,7 +67,7 @@ class Step:
                 while a CUDA graph is captured; nothing was changed.
         """
         self._refuse_capture()
-        return collect(self.parameters, self._names, sharded=self._sharded)
+        return collect(self.parameters, self._names, sharded=self.is_sharded)
 
     def decide(self, gradients: Gradients, loss_scale: Tensor | None) -> tuple[Decision[Any], bool]:
         """Measures, reduces and decides.
