@@ -189,6 +189,13 @@ class _StepReport(Report[Tensor]):
     def total_norm(self) -> Tensor:
         return _as_tensor(self._decision.total_norm)
 
+    def _read(self) -> list[list[Any]]:
+        # One transfer; float64 holds every count of values.
+        columns = (self.norms, self.scales, self.norms_after, self.clipped, self.nonfinite)
+        read = torch.cat([*(column.to(torch.float64) for column in columns), self.total_norm.view(1)]).tolist()
+        size = len(self.groups)
+        return [read[start : start + size] for start in range(0, len(read), size)]
+
 
 def _as_tensor(array: Any) -> Tensor:  # noqa: ANN401  an array of NumPy or PyTorch
     if isinstance(array, Tensor):
