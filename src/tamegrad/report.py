@@ -125,10 +125,17 @@ class Report(Generic[ArrayT]):
 
     def on_host(self) -> "Report[NDArray[Any]]":
         """Returns the same report with NumPy arrays; this reads the device once, for everything in it."""
-        *columns, (total,) = self._read()
-        types = (np.float64, np.float64, np.float64, np.bool_, np.int64)
-        arrays: Any = (np.array(column, dtype=kind) for column, kind in zip(columns, types, strict=True))
-        return Report(self.groups, *arrays, total_norm=np.array(total), skipped=self.skipped)
+        norms, scales, norms_after, clipped, nonfinite, (total,) = self._read()
+        return Report(
+            self.groups,
+            np.array(norms, dtype=np.float64),
+            np.array(scales, dtype=np.float64),
+            np.array(norms_after, dtype=np.float64),
+            np.array(clipped, dtype=np.bool_),
+            np.array(nonfinite, dtype=np.int64),
+            np.array(total, dtype=np.float64),
+            self.skipped,
+        )
 
     def as_scalars(self, prefix: str = "grad") -> dict[str, float]:
         """Returns a flat dictionary of Python numbers for TensorBoard, W&B, MLflow, CSV or JSON; this reads the device.
