@@ -30,6 +30,7 @@ ROOMS = [
     "tamegrad.torch.optimizers",
     "tamegrad.torch.attach",
     "tamegrad.torch.clip_grad",
+    "tamegrad.torch.summary",
     "tamegrad.torch",
     "tamegrad.terminal",
     "tamegrad.dl4j",
