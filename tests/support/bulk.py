@@ -154,7 +154,7 @@ class Drawn:
             for k, (strategy, own) in enumerate(zip(strategies, members, strict=True))
         )
         reduction = Reduction(parameters, [])
-        plan = reduction.agree(lambda: (Plan(layers, groups), {}))
+        plan = reduction.agree(parameters, lambda: (Plan(layers, groups), {}))
         planned = PlannedModel(plan, tuple(parameters), reduction, torch.device("cpu"), ModuleWatch(nn.Module()))
         step = Step(planned, Settings(Policy(), on_nonfinite=on_nonfinite, backend=backend))
         gradients = step.collect()
