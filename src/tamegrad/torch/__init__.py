@@ -1,4 +1,4 @@
-"""For PyTorch: `attach` to an optimizer, or normalize by hand with `GradientNormalizer` or `normalize_grad_`."""
+"""For PyTorch: `attach` to an optimizer, step in backward with `StepInBackward`, or normalize by hand."""
 
 try:
     import torch  # noqa: F401  only to say which extra is missing
@@ -13,6 +13,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from tamegrad.torch.attach import AttachedNormalizer, attach
+from tamegrad.torch.backward.stepper import StepInBackward
 from tamegrad.torch.normalizer import GradientNormalizer, normalize_grad_
 
-__all__ = ["AttachedNormalizer", "GradientNormalizer", "attach", "normalize_grad_"]
+__all__ = ["AttachedNormalizer", "GradientNormalizer", "StepInBackward", "attach", "normalize_grad_"]

@@ -1,7 +1,7 @@
 """Makes the plan of a model, and makes it anew when the model changes."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
@@ -40,6 +40,15 @@ class PlannedModel:
     reduction: Reduction
     device: torch.device
     watch: ModuleWatch
+
+    def by_layer(self) -> "list[PlannedModel]":
+        """Splits the plan into one a layer, in the order of the layers; no group may span several layers."""
+        parts, start = [], 0
+        for plan in self.plan.by_layer():
+            own = slice(start, start + len(plan.parameters))
+            parts.append(replace(self, plan=plan, parameters=self.parameters[own], reduction=self.reduction.part(own)))
+            start = own.stop
+        return parts
 
 
 class Planner:

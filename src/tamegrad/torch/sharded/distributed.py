@@ -4,6 +4,7 @@ Every rank measures its own shards; replicas are counted once. The plan fixes th
 whichever gradients are present, so that no rank waits for another that has nothing to add.
 """
 
+import copy
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -97,6 +98,19 @@ class Reduction:
             raise problem
         assert plan is not None
         return plan
+
+    def part(self, parameters: slice) -> "Reduction":
+        """Returns the sums for some of the parameters: over the same ranks, without another collective.
+
+        Args:
+            parameters: Their positions.
+
+        Returns:
+            The reduction of their plan, which all ranks must have agreed on as a part of the whole.
+        """
+        part = copy.copy(self)
+        part._parameters, part.counted = self._parameters[parameters], self.counted[parameters]
+        return part
 
     def reduce(self, table: Tensor) -> tuple[Tensor, Tensor | None]:
         """Sums the tables of the ranks; every rank must call it.
