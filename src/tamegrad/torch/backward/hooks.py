@@ -44,8 +44,8 @@ class _Arrival:
             arrived(self._unit)
             return
         warn(
-            "nothing steps this model: its StepInBackward is gone. Keep a reference to it as long as you train, or call "
-            "its detach() before you drop it",
+            "nothing steps this model: its StepInBackward is gone. Keep a reference to it as long as you train, or "
+            "call its detach() before you drop it",
             at=self._made_at,
         )
 
@@ -69,11 +69,11 @@ def hook_parameters(
             frozen = not parameter.requires_grad
             if frozen:
                 # PyTorch takes no hook for a parameter that is frozen now.
-                parameter.requires_grad_(requires_grad=True)
+                parameter.requires_grad = True
             register: Any = parameter.register_post_accumulate_grad_hook
             handles.append(register(_Arrival(arrived, position, made_at)))
             if frozen:
-                parameter.requires_grad_(requires_grad=False)
+                parameter.requires_grad = False
     return handles
 
 
@@ -84,7 +84,7 @@ def refuse_hooked(names: Sequence[str], parameters: Sequence[nn.Parameter]) -> N
         SettingError: If there is one.
     """
     for name, parameter in zip(names, parameters, strict=True):
-        hooks: dict[Any, Any] = parameter._post_accumulate_grad_hooks or {}  # type: ignore[attr-defined]  # noqa: SLF001
+        hooks: dict[Any, Any] = parameter._post_accumulate_grad_hooks or {}  # noqa: SLF001
         for key, hook in list(hooks.items()):
             if isinstance(hook, _Arrival) and not hook.is_alive:
                 del hooks[key]

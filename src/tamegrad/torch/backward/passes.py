@@ -88,9 +88,20 @@ class Passes:
         refuse_retain_graph()
         return True
 
-    def is_finished(self, unit: Unit) -> bool:
-        """Returns whether a unit has been finished in this pass."""
-        return unit in self._finished
+    def completes(self, unit: Unit) -> bool:
+        """Counts a gradient that has arrived; returns whether the unit has all of its gradients now.
+
+        Raises:
+            SettingError: If the unit is finished already.
+        """
+        if unit in self._finished:
+            raise SettingError(
+                f"layer {unit.name!r} with StepInBackward",
+                got="a gradient after the layer was stepped in the same backward pass",
+                allowed="one gradient for each parameter in one backward pass",
+                advice="step after backward() with attach()",
+            )
+        return unit.is_complete_with_one_more()
 
     def unfinished(self) -> list[Unit]:
         """Returns the units that have not been finished in this pass."""
@@ -121,8 +132,8 @@ class Passes:
         """
         if self._task is not None and not self._is_said:
             warn(
-                f"the last backward pass raised half way: in it {self._progress()}. Their step stays, and the gradients "
-                "that are left are dropped; load a checkpoint if all layers have to be of the same step"
+                f"the last backward pass raised half way: in it {self._progress()}. What was stepped stays, and the "
+                "gradients that are left are dropped; load a checkpoint if all layers have to be of the same step"
             )
         self.end()
 

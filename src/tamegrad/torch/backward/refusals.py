@@ -41,8 +41,8 @@ def refuse_settings(settings: Settings) -> None:
             "StepInBackward(on_nonfinite)",
             got='"skip", which must see every gradient before the first layer is stepped',
             allowed='"keep", "zero", "skip_group" or "raise"',
-            advice='pass on_nonfinite="skip_group" to leave out the groups that are not finite, or "zero"; to skip whole '
-            "steps, attach() to an optimizer that steps after backward()",
+            advice='pass on_nonfinite="skip_group" to leave out the groups that are not finite, or "zero"; to skip '
+            "whole steps, attach() to an optimizer that steps after backward()",
         )
     if settings.process_groups:
         raise SettingError(
@@ -91,8 +91,8 @@ def refuse_data_parallel(model: nn.Module, parameters: Iterable[nn.Parameter]) -
             got=f"a model in {type(wrappers[0]).__name__}, which averages gradients over the ranks after they would "
             "have been stepped: the replicas would drift apart",
             allowed="a model on one process, or sharded by FSDP2",
-            advice="shard with torch.distributed.fsdp.fully_shard (FSDP2), or attach() to an optimizer that steps after "
-            "backward()",
+            advice="shard with torch.distributed.fsdp.fully_shard (FSDP2), or attach() to an optimizer that steps "
+            "after backward()",
         )
 
 

@@ -7,15 +7,16 @@ from torch import Tensor
 
 from tamegrad.report import Report
 
-__all__ = ["JoinedReport"]
+__all__ = ["joined"]
 
 
-class JoinedReport(Report[Tensor]):
-    """The reports of units as one, in the same order. It joins their tensors when they are read.
+def joined(parts: Sequence[Report[Tensor]]) -> Report[Tensor]:
+    """Returns the reports of units as one, in the same order; their tensors are joined when they are read."""
+    return _JoinedReport(parts)
 
-    Args:
-        parts: The reports.
-    """
+
+class _JoinedReport(Report[Tensor]):
+    """Several reports as one."""
 
     _parts: Sequence[Report[Tensor]]
 

@@ -24,7 +24,7 @@ from tamegrad.torch.backward.refusals import (
     refuse_settings,
     scaler_error,
 )
-from tamegrad.torch.backward.reports import JoinedReport
+from tamegrad.torch.backward.reports import joined
 from tamegrad.torch.backward.units import MakeOptimizer, Unit, flat_groups
 from tamegrad.torch.model.planning import PlannedModel, Planner
 from tamegrad.torch.model.selection import Selection
@@ -235,8 +235,8 @@ class StepInBackward(Optimizer):
                 "StepInBackward.add_param_group",
                 got="further parameters",
                 allowed="the parameters that it was made with; frozen ones are stepped once they are unfrozen",
-                advice="call detach(), make a new StepInBackward with all parameters, and load the state_dict() of this "
-                "one",
+                advice="call detach(), make a new StepInBackward with all parameters, and load the state_dict() of "
+                "this one",
             )
         super().add_param_group(param_group)
 
@@ -262,9 +262,7 @@ class StepInBackward(Optimizer):
                     _at_the_end_of_backward(lambda: _at_the_end_of_backward(self._end))
                 if self._passes.accumulates:
                     return
-                if self._passes.is_finished(unit):
-                    raise _late_error(unit)
-                if unit.is_complete_with():
+                if self._passes.completes(unit):
                     self._finish(unit)
             except Exception as error:
                 self._passes.explain(error)
@@ -287,7 +285,7 @@ class StepInBackward(Optimizer):
         self._passes.finished(unit)
 
     def _count_step(self) -> None:
-        self.report = JoinedReport([unit.report for unit in self._units if unit.report is not None])
+        self.report = joined([unit.report for unit in self._units if unit.report is not None])
         self.steps += 1
         self._passes_since_step += 1
         # What learning rate schedulers look at, to warn if they step before the optimizer.
@@ -311,8 +309,8 @@ class StepInBackward(Optimizer):
     def _warn_about_loop(self) -> None:
         if self._passes_since_step > 1:
             self._warn_once(
-                f"{self._passes_since_step} backward passes have stepped since the last step(). To accumulate gradients, "
-                "run all but the last inside `with stepper.accumulate():` (tamegrad warns once)"
+                f"{self._passes_since_step} backward passes have stepped since the last step(). To accumulate "
+                "gradients, run all but the last inside `with stepper.accumulate():` (tamegrad warns once)"
             )
         elif not self._arrived_since_step:
             self._warn_once(
@@ -346,19 +344,11 @@ class StepInBackward(Optimizer):
 
     def __repr__(self) -> str:
         state = "attached" if self.attached else "detached"
-        kinds = dict.fromkeys(type(unit.optimizer).__name__ for unit in self._units)
-        return f"<StepInBackward: {state}, {' and '.join(kinds)}, {len(self._units)} layers, {self.steps} steps, {self.policy}>"
+        kinds = " and ".join(dict.fromkeys(type(unit.optimizer).__name__ for unit in self._units))
+        counts = f"{len(self._units)} layers, {self.steps} steps"
+        return f"<StepInBackward: {state}, {kinds}, {counts}, {self.policy}>"
 
 
 def _at_the_end_of_backward(call: Callable[[], None]) -> None:
     """Calls a function at the end of the backward pass that runs, after those that were queued before."""
-    Variable._execution_engine.queue_callback(call)  # type: ignore[attr-defined]  # noqa: SLF001  torch has no other name
-
-
-def _late_error(unit: Unit) -> SettingError:
-    return SettingError(
-        f"layer {unit.name!r} with StepInBackward",
-        got="a gradient after the layer was stepped in the same backward pass",
-        allowed="one gradient for each parameter in one backward pass",
-        advice="merge what shares these parameters into one layer, or step after backward() with attach()",
-    )
+    Variable._execution_engine.queue_callback(call)  # noqa: SLF001  torch has no other name

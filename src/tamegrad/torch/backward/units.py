@@ -74,9 +74,9 @@ class Unit:
         """Waits for new gradients."""
         self._arrived = 0
 
-    def is_complete_with(self, arrived: int = 1) -> bool:
-        """Counts gradients that have arrived; returns whether all that backward can make are there."""
-        self._arrived += arrived
+    def is_complete_with_one_more(self) -> bool:
+        """Counts a gradient that has arrived; returns whether all that a backward pass makes are there."""
+        self._arrived += 1
         return self._arrived >= sum(parameter.requires_grad for parameter in self.parameters)
 
     def has_gradient(self) -> bool:
@@ -140,8 +140,8 @@ class Unit:
             changed = [key for key, value in _options(group).items() if before.get(key, value) is not value]
             if changed:
                 raise _optimizer_error(
-                    f"a {type(self.optimizer).__name__}, whose step() changes {changed[0]!r} of its group, which layers "
-                    f"cannot share (layer {self.name!r} has been stepped)",
+                    f"a {type(self.optimizer).__name__}, whose step() changes {changed[0]!r} of its group, which "
+                    f"layers cannot share (layer {self.name!r} has been stepped)",
                     "choose an optimizer whose state is per parameter",
                 )
 
@@ -207,7 +207,7 @@ def _check_optimizer(optimizer: object, planned: PlannedModel) -> None:
     if not isinstance(optimizer, Optimizer):
         raise _optimizer_error(
             f"a {type(optimizer).__name__} for layer {layer.name!r}",
-            "return the optimizer: lambda params: AdamW(params)",
+            "return the optimizer: lambda params: torch.optim.AdamW(params)",
         )
     if isinstance(optimizer, LBFGS):
         raise _optimizer_error(

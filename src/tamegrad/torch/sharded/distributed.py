@@ -109,7 +109,8 @@ class Reduction:
             The reduction of their plan, which all ranks must have agreed on as a part of the whole.
         """
         part = copy.copy(self)
-        part._parameters, part.counted = self._parameters[parameters], self.counted[parameters]
+        part._parameters = self._parameters[parameters]  # noqa: SLF001  of its own class
+        part.counted = self.counted[parameters]
         return part
 
     def reduce(self, table: Tensor) -> tuple[Tensor, Tensor | None]:
