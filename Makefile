@@ -17,8 +17,9 @@ test-long: .venv/test  ## the property tests with 20,000 examples a backend; one
 test-oldest: .venv-oldest/test  ## everything with the oldest versions that pyproject.toml allows; downloads gigabytes
 	.venv-oldest/bin/python -m pytest
 
-bench: .venv/bench  ## tamegrad's speed beside other tools', about eight minutes; refuses if the contract suite is red
+bench: .venv/bench  ## tamegrad's speed beside other tools', about ten minutes; refuses if the contract suite is red
 	$(BIN)/python benchmarks/speed.py --write docs/speed.md
+	$(BIN)/python benchmarks/in_backward.py --write docs/step-in-backward.md
 
 lint: .venv/test
 	$(BIN)/ruff check .

@@ -58,6 +58,7 @@ class Gpt(nn.Module):
         torch.manual_seed(0)
         self.reentrant = reentrant
         self.embedding = nn.Embedding(BYTES, width)
+        nn.init.normal_(self.embedding.weight, std=0.1)
         self.position = nn.Parameter(0.1 * torch.randn(length, width))
         made = [Block(width, 2) for _ in range(1 if shares_block else blocks)]
         self.blocks = nn.ModuleList(made * blocks if shares_block else made)
