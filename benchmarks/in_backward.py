@@ -48,31 +48,31 @@ def tables(memory: Sequence[Memory], times: Sequence[Time], training: Training) 
     Returns:
         Tables.
     """
-    peaks = [("blocks", "parameters", "gradients, after", "inside", "resident growth, after", "inside", "targets met")]
+    peaks: list[Sequence[str]] = [
+        ("blocks", "parameters", "gradients, after", "inside", "resident growth, after", "inside", "targets met")
+    ]
     for after, inside in zip(memory[::2], memory[1::2], strict=True):
         is_met = inside.live <= sum(inside.layers) and inside.resident <= RESIDENT_AIM * after.resident
         sizes = (inside.parameters, after.live, inside.live, after.resident, inside.resident)
         peaks.append((str(after.blocks), *(f"{size / MIB:.1f}" for size in sizes), _said(is_met)))
-    steps = [("blocks", "width", "after, s", "inside, s", "inside / after", "target met")]
-    steps += [
-        (str(each.blocks), str(each.width), f"{each.after:.3f}", f"{each.inside:.3f}", f"{each.ratio:.2f}",
-         _said(each.ratio <= TIME_AIM))
-        for each in times
-    ]  # fmt: skip
-    return (
-        f'Peaks in MiB of a GPT of width {WIDTH} with AdamW and `Clip(0.1, per="layer")`, trained on {_FEW} so that the '
-        "memory is not of activations. Resident growth is over parameters and optimizer state. Targets: gradients of at "
-        f"most the two largest layers; {RESIDENT_AIM:.0%} of the resident growth.\n\n{_table(peaks)}\n\n"
-        "CPU time of a whole training step on one thread, forward pass included, with 512 tokens. Target: "
-        f"{TIME_AIM - 1:.0%} more at most. Every layer costs a fixed time more, for an optimizer of its own: the smaller "
-        f"the layers, the more it shows.\n\n{_table(steps)}\n\n"
-        f"A GPT of four blocks, trained for {training.steps} steps on the source of Python's standard library, goes from "
-        f"a loss of {training.first:.3f} to {training.after!r} after backward and {training.inside!r} inside. All losses "
-        f"and all parameters are equal to the last bit: {_said(training.is_equal)}."
-    )
+    steps: list[Sequence[str]] = [("blocks", "width", "after, s", "inside, s", "inside / after", "target met")]
+    for each in times:
+        numbers = (f"{each.after:.3f}", f"{each.inside:.3f}", f"{each.ratio:.2f}")
+        steps.append((str(each.blocks), str(each.width), *numbers, _said(each.ratio <= TIME_AIM)))
+    return f"""Peaks in MiB of a GPT of width {WIDTH} with AdamW and `Clip(0.1, per="layer")`. It is trained on
+16 tokens, so that the memory is not of activations. Resident growth is over parameters and optimizer state. Targets:
+gradients of at most the two largest layers, and {RESIDENT_AIM:.0%} of the resident growth.
 
+{_table(peaks)}
 
-_FEW = "16 tokens"
+CPU time of a whole training step on one thread, forward pass included, with 512 tokens. Target: at most
+{TIME_AIM - 1:.0%} more. An optimizer a layer costs a fixed time, which shows where layers are small.
+
+{_table(steps)}
+
+A GPT of four blocks, trained for {training.steps} steps on the source of Python's standard library, goes from a loss of
+{training.first:.3f} to {training.after!r} after backward and to {training.inside!r} inside it. All losses and all
+parameters are equal to the last bit: {_said(training.is_equal)}."""
 
 
 def _said(is_met: object) -> str:

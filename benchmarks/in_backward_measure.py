@@ -118,7 +118,8 @@ class _LiveGradients:
         self.most = 0
         self._parameters = list(model.parameters())
         for parameter in self._parameters:
-            parameter.register_post_accumulate_grad_hook(self._look)
+            register: Any = parameter.register_post_accumulate_grad_hook
+            register(self._look)
 
     def _look(self, _: Tensor) -> None:
         live = sum(parameter.grad.nbytes for parameter in self._parameters if parameter.grad is not None)
@@ -196,7 +197,8 @@ def measure_time(blocks: int, width: int, *, quick: bool) -> Time:
             if number >= WARM_UP:
                 seconds[way].append(time.process_time() - start)
     ratios = [inside / after for after, inside in zip(seconds[AFTER], seconds[INSIDE], strict=True)]
-    return Time(blocks, width, *(statistics.median(seconds[way]) for way in (AFTER, INSIDE)), statistics.median(ratios))
+    after, inside = (statistics.median(seconds[way]) for way in (AFTER, INSIDE))
+    return Time(blocks, width, after, inside, statistics.median(ratios))
 
 
 def measure_training(*, quick: bool) -> Training:

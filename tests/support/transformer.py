@@ -27,7 +27,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, length, width = x.shape
         parts = self.qkv(self.attention_norm(x)).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        attended = functional.scaled_dot_product_attention(*parts, is_causal=True)
+        attended = functional.scaled_dot_product_attention(parts[0], parts[1], parts[2], is_causal=True)
         x = x + self.out(attended.transpose(1, 2).reshape(batch, length, width))
         return cast("Tensor", x + self.down(functional.gelu(self.up(self.feed_norm(x)))))
 
@@ -73,7 +73,7 @@ class Gpt(nn.Module):
             x = block(x) if self.reentrant is None else checkpoint(block, x, use_reentrant=self.reentrant)
         return cast("Tensor", self.head(self.norm(x)))
 
-    def loss(self, tokens: Tensor) -> Tensor:
+    def loss(self, tokens: Tensor) -> Any:
         """Returns the mean loss of predicting each byte from those before it."""
         return functional.cross_entropy(self(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
 

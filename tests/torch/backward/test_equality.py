@@ -191,8 +191,9 @@ def test_tied_weights_shared_modules_and_checkpoints(*, tied: bool, shares_block
 @pytest.mark.parametrize("on_nonfinite", ["keep", "zero", "skip_group"])
 def test_non_finite_gradients(on_nonfinite: Any) -> None:
     class Broken(Gpt):
-        def loss(self, tokens: torch.Tensor) -> torch.Tensor:
-            self.norm.weight.register_hook(lambda gradient: gradient * torch.nan)
+        def loss(self, tokens: torch.Tensor) -> Any:
+            weight: Any = self.norm.weight
+            weight.register_hook(lambda gradient: gradient * torch.nan)
             return super().loss(tokens)
 
     report, inside = both_ways(

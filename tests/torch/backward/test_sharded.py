@@ -59,7 +59,8 @@ def train(kind: str, *, inside: bool) -> Any:
     for tokens in DATA:
         part = tokens.chunk(ranks // 2 if kind == "tensor parallel" else ranks)[own]
         logits = model(part[:, :-1])
-        nn.functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten()).backward()
+        loss: Any = nn.functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten())
+        loss.backward()
         if inside:
             assert all(parameter.grad is None for parameter in model.parameters())
         optimizer.step()

@@ -176,7 +176,7 @@ def test_step_runs_a_closure_and_its_hooks() -> None:
     inside.optimizer.register_step_post_hook(lambda *_: seen.append(1))
     trained(after.model, after.step, DATA[:1])
 
-    def closure() -> torch.Tensor:
+    def closure() -> Any:
         loss = inside.model.loss(DATA[0])
         loss.backward()
         return loss
@@ -337,7 +337,8 @@ def test_reports_are_snapshots_and_total_norms_do_not_overflow() -> None:
     first = stepper.report
     assert first is not None
     shown = str(first)
-    (1e200 * model(torch.ones(5, 3, dtype=torch.double))).sum().backward()
+    loss: Any = 1e200 * model(torch.ones(5, 3, dtype=torch.double))
+    loss.sum().backward()
     assert str(first) == shown
     assert stepper.report is not None
     assert 1e200 < stepper.report.total_norm.item() < math.inf
@@ -371,7 +372,8 @@ class TestLifetimes:
             most = max(most, sum(reference() is not None for reference in gradients))
 
         for parameter in model.parameters():
-            parameter.register_hook(seen)
+            register: Any = parameter.register_hook
+            register(seen)
         stepper = StepInBackward(model, adamw, Clip(1.0))
         model(torch.ones(2, 8)).sum().backward()
         assert len(gradients) == 20

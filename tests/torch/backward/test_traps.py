@@ -47,7 +47,7 @@ class TestAccumulation:
     def test_steps_once_with_the_sum(self) -> None:
         model = Gpt()
         stepper = StepInBackward(model, adamw, Clip(1.0))
-        losses = [lambda model, tokens=tokens: model.loss(tokens) for tokens in DATA]
+        losses: list[Any] = [lambda model, tokens=tokens: model.loss(tokens) for tokens in DATA]
         for start in (0, 3):
             for number, loss in enumerate(losses[start : start + 3]):
                 with stepper.accumulate() if number < 2 else nullcontext():
@@ -116,7 +116,7 @@ def test_unused_parameters_are_finished_at_the_end_of_backward() -> None:
         assert all(parameter.grad is None for parameter in model.parameters())
         assert stepper.report is not None
         assert stepper.report[f"branches.{1 - branch}"].norm == 0
-    losses = [[lambda model, branch=branch: model.loss(branch)] for branch in order]
+    losses: Any = [[lambda model, branch=branch: model.loss(branch)] for branch in order]
     assert equal_parameters(model, stepped_after(Choosing, losses))
 
 
@@ -213,7 +213,8 @@ class TestRefusedInsideBackward:
         x = torch.ones(5, 3, requires_grad=True)
 
         def run() -> None:
-            torch.utils.checkpoint.checkpoint(model, x, use_reentrant=True).square().sum().backward()
+            out: Any = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=True)
+            out.square().sum().backward()
 
         self.refused(run, model, "use_reentrant=True")
         assert stepper.steps == 0
@@ -246,7 +247,8 @@ class Failing(torch.autograd.Function):
 
 
 def failing_loss(model: Any) -> Any:
-    return model[4](Failing.apply(model[:4](torch.ones(5, 3)))).square().sum()
+    fail: Any = Failing.apply
+    return model[4](fail(model[:4](torch.ones(5, 3)))).square().sum()
 
 
 class TestBackwardThatRaises:
@@ -293,7 +295,8 @@ class TestBackwardThatRaises:
     def test_an_error_at_the_end_of_backward(self) -> None:
         model = Choosing()
         stepper = StepInBackward(model, adamw, Clip(1.0), on_nonfinite="raise")
-        model.head.weight.register_hook(lambda gradient: gradient * torch.nan)
+        weight: Any = model.head.weight
+        weight.register_hook(lambda gradient: gradient * torch.nan)
         with pytest.raises(NonFiniteGradientError, match="layer 'head'") as caught:
             model.loss(0).backward()
         assert "layers were stepped ('branches.0'" in caught.value.__notes__[0]
@@ -335,7 +338,7 @@ def refuse_data_parallel() -> list[str]:
     messages = []
     for where in ("outside", "inside", "later"):
         model = a_model()
-        wrapper = None if where == "later" else DistributedDataParallel(model)
+        wrapper: Any = None if where == "later" else DistributedDataParallel(model)
         try:
             stepper = StepInBackward(wrapper if where == "outside" else model, adamw, Clip(1.0))
             wrapper = DistributedDataParallel(model)
@@ -360,7 +363,7 @@ def test_compiled_models() -> None:
         return a_model()
 
     model = make()
-    compiled = torch.compile(model, backend="aot_eager")
+    compiled: Any = torch.compile(model, backend="aot_eager")
     stepper = StepInBackward(compiled, adamw, Clip(1.0))
     for _ in range(3):
         loss_of(compiled).backward()
