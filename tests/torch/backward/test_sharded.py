@@ -8,15 +8,15 @@ from torch import distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from support.ranks import run_on_ranks
 from support.transformer import Gpt, batches
-from tamegrad import Clip, Policy
+from tamegrad import Clip, Policy, SettingError
 from tamegrad.torch import StepInBackward, attach
 
-DATA = batches(bytes(range(256)) * 4, 3, rows=8)
+DATA = batches(bytes(range(256)) * 4, 2, rows=8)
 POLICY = Policy(Clip(0.05), {"*norm*": Clip(0.02, per="tensor"), "head": Clip(0.01, per="param_type")})
 
 
@@ -25,7 +25,7 @@ def adamw(params: Any) -> torch.optim.Optimizer:
 
 
 def sharded(kind: str, ranks: int) -> Any:
-    model: Any = Gpt(3, reentrant=False if kind == "checkpoints" else None)
+    model: Any = Gpt(2, reentrant=False if "checkpointed" in kind else None)
     if kind == "tensor parallel":
         mesh = init_device_mesh("cpu", (ranks // 2, 2), mesh_dim_names=("data", "model"))
         for block in model.blocks:
@@ -33,8 +33,8 @@ def sharded(kind: str, ranks: int) -> Any:
     else:
         mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("data",))
     for block in model.blocks:
-        fully_shard(block, mesh=mesh["data"], reshard_after_forward=kind != "no resharding")
-    if kind != "blocks only":
+        fully_shard(block, mesh=mesh["data"])
+    if "blocks only" not in kind:
         fully_shard(model, mesh=mesh["data"])
     return model
 
@@ -77,13 +77,62 @@ def both_ways(kind: str) -> bool:
     return all(torch.equal(a, b) for a, b in zip(after, inside, strict=True))
 
 
-@pytest.mark.parametrize("kind", ["fsdp", "checkpoints", "tensor parallel"])
-def test_sharded_models_end_at_the_same_bits(kind: str) -> None:
-    assert run_on_ranks(both_ways, 4 if kind == "tensor parallel" else 2, kind) == [True] * (
-        4 if kind == "tensor parallel" else 2
-    )
+def all_ways(kinds: list[str]) -> dict[str, bool]:
+    return {kind: both_ways(kind) for kind in kinds}
 
 
-@pytest.mark.parametrize("kind", ["no resharding", "blocks only"])
-def test_x(kind: str) -> None:
-    assert run_on_ranks(both_ways, 2, kind) == [True] * 2
+@pytest.mark.parametrize(("ranks", "kinds"), [(2, ["fsdp", "blocks only, checkpointed"]), (4, ["tensor parallel"])])
+def test_sharded_models_end_at_the_same_bits(ranks: int, kinds: list[str]) -> None:
+    assert run_on_ranks(all_ways, ranks, kinds) == [dict.fromkeys(kinds, True)] * ranks
+
+
+class Two(nn.Module):
+    """Two sharded layers, each of one parameter, whose gradients arrive in either order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        mesh = init_device_mesh("cpu", (2,))
+        self.layers = nn.ModuleList()
+        for size in (4, 8):
+            layer = nn.Module()
+            layer.register_parameter("weight", nn.Parameter(distribute_tensor(torch.ones(size), mesh, [Shard(0)])))
+            self.layers.append(layer)
+
+    def loss(self, order: list[int]) -> Any:
+        parts: list[Any] = [(10.0**index * self.layers[index].weight.to_local()).sum() for index in order]  # type: ignore[operator, union-attr]
+        return sum(parts)
+
+
+def in_different_orders() -> bool:
+    rank = dist.get_rank()
+    orders = [[0, 1], [0, 1] if rank else [1, 0], [1, 0] if rank else [0, 1]]
+    after, inside = Two(), Two()
+    optimizer = adamw(after.parameters())
+    attach(after, optimizer, Clip(1.0))
+    stepper = StepInBackward(inside, adamw, Clip(1.0))
+    for order in orders:
+        after.loss(order).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        inside.loss(order).backward()
+        assert stepper.report is not None
+        assert [row.norm for row in stepper.report] == pytest.approx([2.0, 10 * 8**0.5])
+    return all(torch.equal(a, b) for a, b in zip(local_parameters(after), local_parameters(inside), strict=True))
+
+
+def in_different_orders_from_the_beginning() -> str:
+    model = Two()
+    stepper = StepInBackward(model, adamw, Clip(1.0))
+    with pytest.raises(SettingError) as caught:
+        model.loss([0, 1] if dist.get_rank() else [1, 0]).backward()
+    assert stepper.steps == 0
+    return str(caught.value)
+
+
+def test_ranks_whose_gradients_arrive_in_different_orders_do_not_mix_up_norms() -> None:
+    assert run_on_ranks(in_different_orders, 2) == [True, True]
+
+
+def test_ranks_that_differ_from_the_beginning_are_refused() -> None:
+    for message in run_on_ranks(in_different_orders_from_the_beginning, 2):
+        assert "different orders on the ranks" in message

@@ -111,6 +111,11 @@ class Passes:
         """Notes that a unit is finished."""
         self._finished[unit] = None
 
+    @property
+    def finished_units(self) -> list[Unit]:
+        """The units that have been finished in this pass, in that order."""
+        return list(self._finished)
+
     def end(self) -> None:
         """Notes that the pass has ended."""
         self._task = None

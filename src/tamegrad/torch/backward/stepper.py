@@ -25,6 +25,7 @@ from tamegrad.torch.backward.refusals import (
     scaler_error,
 )
 from tamegrad.torch.backward.reports import joined
+from tamegrad.torch.backward.turns import Turns
 from tamegrad.torch.backward.units import MakeOptimizer, Unit, flat_groups
 from tamegrad.torch.model.planning import PlannedModel, Planner
 from tamegrad.torch.model.selection import Selection
@@ -108,6 +109,7 @@ class StepInBackward(Optimizer):
         self.report: Report[Tensor] | None = None
         self.steps = 0
         self._passes = Passes(self._units)
+        self._turns = Turns(self._units, self._planned.reduction.group)
         self._was_looked_at = False
         self._passes_since_step = 0
         self._arrived_since_step = False
@@ -259,11 +261,13 @@ class StepInBackward(Optimizer):
             try:
                 if self._passes.begin_if_new():
                     self._look_once()
+                    self._turns.begin()
                     _at_the_end_of_backward(lambda: _at_the_end_of_backward(self._end))
                 if self._passes.accumulates:
                     return
                 if self._passes.completes(unit):
-                    self._finish(unit)
+                    for finishable in self._turns.finishable_with(unit):
+                        self._finish(finishable)
             except Exception as error:
                 self._passes.explain(error)
                 raise
@@ -272,8 +276,9 @@ class StepInBackward(Optimizer):
         """Steps what is left at the end of a backward pass."""
         with self._lock:
             try:
-                for unit in self._passes.unfinished():
+                for unit in self._turns.in_order(self._passes.unfinished()):
                     self._finish(unit)
+                self._turns.settle(self._passes.finished_units)
             except Exception as error:
                 self._passes.explain(error)
                 raise

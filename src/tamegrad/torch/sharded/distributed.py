@@ -99,6 +99,11 @@ class Reduction:
         assert plan is not None
         return plan
 
+    @property
+    def group(self) -> "ProcessGroup | None":
+        """The ranks that sums go over; None if the model is not sharded."""
+        return self._group
+
     def part(self, parameters: slice) -> "Reduction":
         """Returns the sums for some of the parameters: over the same ranks, without another collective.
 
