@@ -82,6 +82,18 @@ class TestAccumulation:
         loss_of(model).backward()
         stepper.step()
 
+    def test_steps_that_are_held_back_for_ever_are_said(self) -> None:
+        model = a_model()
+        stepper = StepInBackward(model, adamw, Clip(1.0))
+        for _ in range(100):
+            with stepper.accumulate():
+                loss_of(model).backward()
+            stepper.step()
+        with stepper.accumulate():
+            loss_of(model).backward()
+        with pytest.warns(TamegradWarning, match=r"in 100 calls of step\(\): accumulate\(\)"):
+            stepper.step()
+
     def test_zero_grad_drops_what_was_held_back(self) -> None:
         model = a_model()
         stepper = StepInBackward(model, adamw, Clip(1.0))

@@ -70,21 +70,21 @@ def refuse_model_wide(plan: Plan) -> None:
             )
 
 
-def refuse_data_parallel(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
-    """Refuses parameters whose gradients `DistributedDataParallel` averages after backward has put them down.
+def refuse_data_parallel(parameters: Iterable[nn.Parameter]) -> None:
+    """Refuses parameters whose gradients `DistributedDataParallel` averages after they would have been stepped.
 
     Raises:
-        SettingError: If the model holds or is in such a wrapper.
+        SettingError: If some are in such a wrapper.
     """
-    wrappers: list[Any] = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
-    if not wrappers and torch.distributed.is_initialized():
-        # The module inside does not know its wrapper.
-        own = set(map(id, parameters))
-        wrappers = [
-            wrapper
-            for wrapper in _living(DistributedDataParallel)
-            if any(id(parameter) in own for parameter in wrapper.parameters())
-        ]
+    if not torch.distributed.is_initialized():
+        return
+    # A module does not know what wraps it.
+    own = set(map(id, parameters))
+    wrappers = [
+        wrapper
+        for wrapper in _living(DistributedDataParallel)
+        if any(id(parameter) in own for parameter in wrapper.parameters())
+    ]
     if wrappers:
         raise SettingError(
             "StepInBackward(model)",

@@ -33,6 +33,9 @@ from tamegrad.torch.settings import Keywords, Settings
 
 __all__ = ["StepInBackward"]
 
+# Calls of step() without a step, after which accumulation is probably a mistake.
+_MANY_HELD_CALLS = 100
+
 
 class StepInBackward(Optimizer):
     """Normalizes, steps and frees each layer inside `loss.backward()`, as soon as its gradient is there.
@@ -97,7 +100,7 @@ class StepInBackward(Optimizer):
         self._planner = Planner(model, self.settings, Selection.of(None if parameters is None else order))
         self._planned = self._plan(self.settings.policy)
         refuse_hooked([parameter.name for parameter in self.plan.parameters], self._planned.parameters)
-        refuse_data_parallel(model, self._planned.parameters)
+        refuse_data_parallel(self._planned.parameters)
         self._units = [Unit(part, self.settings, make_optimizer) for part in self._planned.by_layer()]
         groups = flat_groups(self._units, order)
         self._is_built = False
@@ -113,9 +116,10 @@ class StepInBackward(Optimizer):
         self._was_looked_at = False
         self._passes_since_step = 0
         self._arrived_since_step = False
+        self._held_calls = 0
         self._warned: set[str] = set()
         # Gradients of several devices arrive on several threads.
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         units = [unit.parameters for unit in self._units]
         self._handles = hook_parameters(units, self._arrived, users_line())
 
@@ -197,8 +201,8 @@ class StepInBackward(Optimizer):
             SettingError: After `detach`.
 
         Warns:
-            TamegradWarning: Once, if several backward passes have stepped since the last call, and once if there is no
-                gradient since then.
+            TamegradWarning: Once each, if several backward passes have stepped since the last call, if no gradient has
+                come since then, and if `accumulate` has held back all steps for many calls.
         """
         if not self.attached:
             raise SettingError(
@@ -210,6 +214,7 @@ class StepInBackward(Optimizer):
                 loss = closure()
         self._step_gradients_put_by_hand()
         self._warn_about_loop()
+        self._held_calls = 0 if self._passes_since_step else self._held_calls + 1
         self._passes_since_step, self._arrived_since_step = 0, False
         return loss
 
@@ -300,7 +305,7 @@ class StepInBackward(Optimizer):
         """Looks, in the first backward pass, for what must not be around it."""
         if not self._was_looked_at:
             refuse_scaler()
-            refuse_data_parallel(nn.Module(), self._planned.parameters)
+            refuse_data_parallel(self._planned.parameters)
             self._was_looked_at = True
 
     def _step_gradients_put_by_hand(self) -> None:
@@ -314,19 +319,26 @@ class StepInBackward(Optimizer):
     def _warn_about_loop(self) -> None:
         if self._passes_since_step > 1:
             self._warn_once(
+                "forgotten",
                 f"{self._passes_since_step} backward passes have stepped since the last step(). To accumulate "
-                "gradients, run all but the last inside `with stepper.accumulate():` (tamegrad warns once)"
+                "gradients, run all but the last inside `with stepper.accumulate():` (tamegrad warns once)",
             )
         elif not self._arrived_since_step:
             self._warn_once(
+                "no gradient",
                 "nothing to step: no gradient of this model has arrived since the last step(). Call loss.backward() on "
-                "the model that was given (tamegrad warns once)"
+                "the model that was given (tamegrad warns once)",
+            )
+        elif self._passes.holds and self._held_calls >= _MANY_HELD_CALLS:
+            self._warn_once(
+                "held back",
+                f"nothing was stepped in {self._held_calls} calls of step(): accumulate() holds all gradients back. "
+                "Call backward() for the last micro-batch of a step outside of it (tamegrad warns once)",
             )
 
-    def _warn_once(self, message: str) -> None:
-        key = message.partition(":")[0].lstrip("0123456789")
-        if key not in self._warned:
-            self._warned.add(key)
+    def _warn_once(self, about: str, message: str) -> None:
+        if about not in self._warned:
+            self._warned.add(about)
             warn(message)
 
     @property
