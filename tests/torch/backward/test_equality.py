@@ -83,10 +83,10 @@ SPECIAL = ["LBFGS", "Muon", "SparseAdam"]
 
 def test_every_optimizer_of_torch_has_a_test() -> None:
     classes = [name for name, of in vars(torch.optim).items() if isinstance(of, type)]
-    assert sorted({*WORKING, *SPECIAL}) == sorted(name for name in classes if name != "Optimizer")
+    assert set(classes) - {"Optimizer"} <= {*WORKING, *SPECIAL}
 
 
-@pytest.mark.parametrize("name", WORKING)
+@pytest.mark.parametrize("name", [name for name in WORKING if hasattr(torch.optim, name)])
 def test_optimizers(name: str) -> None:
     both_ways(Gpt, lambda params: getattr(torch.optim, name)(params, lr=0.01), Clip(0.1))
 
@@ -117,6 +117,7 @@ class Matrices(nn.Module):
         return out.square().mean()
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this PyTorch has none")
 def test_muon() -> None:
     both_ways(Matrices, lambda params: torch.optim.Muon(params, lr=0.01), Clip(0.1))
 

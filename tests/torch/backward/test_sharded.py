@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
 
 from support.ranks import run_on_ranks
 from support.transformer import Gpt, batches
@@ -136,3 +137,29 @@ def test_ranks_whose_gradients_arrive_in_different_orders_do_not_mix_up_norms() 
 def test_ranks_that_differ_from_the_beginning_are_refused() -> None:
     for message in run_on_ranks(in_different_orders_from_the_beginning, 2):
         assert "different orders on the ranks" in message
+
+
+def refuse_data_parallel() -> list[str]:
+    """On one rank: the wrapper, a module inside of one, and a wrapper that is made later."""
+    messages = []
+    for where in ("outside", "inside", "later"):
+        model = Gpt(1)
+        wrapper: Any = None if where == "later" else DistributedDataParallel(model)
+        try:
+            stepper = StepInBackward(wrapper if where == "outside" else model, adamw, Clip(1.0))
+            wrapper = DistributedDataParallel(model)
+            before = [parameter.detach().clone() for parameter in model.parameters()]
+            loss: Any = wrapper(DATA[0][:, :-1]).sum()
+            loss.backward()
+        except SettingError as error:
+            messages.append(str(error))
+        if where == "later":
+            del stepper
+            assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    return messages
+
+
+def test_data_parallel_is_refused_however_it_is_wrapped() -> None:
+    (messages,) = run_on_ranks(refuse_data_parallel, 1)
+    assert len(messages) == 3
+    assert all("DistributedDataParallel" in message and "FSDP2" in message for message in messages)

@@ -7,9 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from support.ranks import run_on_ranks
 from support.transformer import Gpt, batches, equal_parameters
 from tamegrad import Clip, NonFiniteGradientError, SettingError, TamegradWarning
 from tamegrad.torch import StepInBackward, attach
@@ -343,31 +341,6 @@ class TestGradScaler:
         scaler.step(stepper)
         scaler.update()
         assert equal_parameters(model, stepped_after(a_model, [[loss_of]]))
-
-
-def refuse_data_parallel() -> list[str]:
-    """On one rank: the wrapper, a module inside of one, and a wrapper that is made later."""
-    messages = []
-    for where in ("outside", "inside", "later"):
-        model = a_model()
-        wrapper: Any = None if where == "later" else DistributedDataParallel(model)
-        try:
-            stepper = StepInBackward(wrapper if where == "outside" else model, adamw, Clip(1.0))
-            wrapper = DistributedDataParallel(model)
-            before = [parameter.detach().clone() for parameter in model.parameters()]
-            loss_of(wrapper).backward()
-        except SettingError as error:
-            messages.append(str(error))
-        if where == "later":
-            del stepper
-            assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-    return messages
-
-
-def test_data_parallel_is_refused_however_it_is_wrapped() -> None:
-    (messages,) = run_on_ranks(refuse_data_parallel, 1)
-    assert len(messages) == 3
-    assert all("DistributedDataParallel" in message and "FSDP2" in message for message in messages)
 
 
 def test_compiled_models() -> None:

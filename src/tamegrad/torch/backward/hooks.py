@@ -19,15 +19,16 @@ class _Arrival:
         arrived: The owner's method.
         unit: The position of the parameter's unit, which the method takes.
         made_at: The user's line that made the owner.
+        tell: Calls `tell`, opaque to torch.compile.
     """
 
-    def __init__(self, arrived: Callable[[int], None], unit: int, made_at: Line) -> None:
+    def __init__(
+        self, arrived: Callable[[int], None], unit: int, made_at: Line, tell: "Callable[[_Arrival], None]"
+    ) -> None:
         self._arrived = weakref.WeakMethod(arrived)
         self._unit = unit
         self._made_at = made_at
-        # Opaque to torch.compile, which would trace the optimizer.
-        disable: Any = torch.compiler.disable
-        self._call: Callable[[], None] = disable(self._tell)
+        self._tell = tell
 
     @property
     def is_alive(self) -> bool:
@@ -36,9 +37,10 @@ class _Arrival:
 
     def __call__(self, parameter: Tensor) -> None:
         del parameter
-        self._call()
+        self._tell(self)
 
-    def _tell(self) -> None:
+    def tell(self) -> None:
+        """Calls the method; warns if the owner is gone."""
         arrived = self._arrived()
         if arrived is not None:
             arrived(self._unit)
@@ -63,6 +65,9 @@ def hook_parameters(
     Returns:
         The handles that remove the hooks.
     """
+    # torch.compile would trace the optimizers.
+    disable: Any = torch.compiler.disable
+    tell = disable(_Arrival.tell)
     handles = []
     for position, parameters in enumerate(units):
         for parameter in parameters:
@@ -71,7 +76,7 @@ def hook_parameters(
                 # PyTorch takes no hook for a parameter that is frozen now.
                 parameter.requires_grad = True
             register: Any = parameter.register_post_accumulate_grad_hook
-            handles.append(register(_Arrival(arrived, position, made_at)))
+            handles.append(register(_Arrival(arrived, position, made_at, tell)))
             if frozen:
                 parameter.requires_grad = False
     return handles
