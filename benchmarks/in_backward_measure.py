@@ -61,6 +61,7 @@ class Time:
     Args:
         blocks: The number of blocks.
         width: The width of the residual stream.
+        clips: Whether every layer is clipped, or none.
         after: The median seconds of a step after backward.
         inside: The same inside backward.
         ratio: The median of `inside / after`, measured in pairs.
@@ -68,6 +69,7 @@ class Time:
 
     blocks: int
     width: int
+    clips: bool
     after: float
     inside: float
     ratio: float
@@ -96,13 +98,13 @@ def _adamw(params: Any) -> torch.optim.Optimizer:  # noqa: ANN401  what torch's 
     return torch.optim.AdamW(params, lr=1e-3)
 
 
-def _step_of(model: nn.Module, way: str) -> tuple[Callable[[], object], Any]:
+def _step_of(model: nn.Module, way: str, threshold: float = 0.1) -> tuple[Callable[[], object], Any]:
     """Returns what follows each backward pass, and the owner of the plan."""
     if way == INSIDE:
-        stepper = StepInBackward(model, _adamw, Clip(0.1))
+        stepper = StepInBackward(model, _adamw, Clip(threshold))
         return stepper.step, stepper
     optimizer = _adamw(model.parameters())
-    normalizer = attach(model, optimizer, Clip(0.1))
+    normalizer = attach(model, optimizer, Clip(threshold))
 
     def step() -> None:
         optimizer.step()
@@ -171,12 +173,13 @@ def measure_memory(blocks: int, way: str, *, quick: bool) -> Memory:
     return Memory(**{**found, "layers": tuple(found["layers"])})
 
 
-def measure_time(blocks: int, width: int, *, quick: bool) -> Time:
+def measure_time(blocks: int, width: int, *, clips: bool, quick: bool) -> Time:
     """Times training steps on one thread, in turns. CPU time does not depend on what else the machine does.
 
     Args:
         blocks: The number of blocks.
         width: The width of the residual stream.
+        clips: Whether to clip every layer, or none.
         quick: Whether to use a tiny width and two rounds; then the numbers mean nothing.
 
     Returns:
@@ -185,9 +188,9 @@ def measure_time(blocks: int, width: int, *, quick: bool) -> Time:
     width = QUICK_WIDTH if quick else width
     torch.set_num_threads(1)
     rows, length = LONG
-    rounds = 2 if quick else max(5, 120 // blocks)
+    rounds = 2 if quick else max(5, 60 // blocks)
     models = {way: Gpt(blocks, width, length) for way in (AFTER, INSIDE)}
-    steps = {way: _step_of(model, way)[0] for way, model in models.items()}
+    steps = {way: _step_of(model, way, 1e-6 if clips else 1e9)[0] for way, model in models.items()}
     seconds: dict[str, list[float]] = {AFTER: [], INSIDE: []}
     for number, tokens in enumerate(batches(bytes(range(256)) * 4, WARM_UP + rounds, rows, length)):
         # Whichever comes second may find warmer caches.
@@ -198,7 +201,7 @@ def measure_time(blocks: int, width: int, *, quick: bool) -> Time:
                 seconds[way].append(time.process_time() - start)
     ratios = [inside / after for after, inside in zip(seconds[AFTER], seconds[INSIDE], strict=True)]
     after, inside = (statistics.median(seconds[way]) for way in (AFTER, INSIDE))
-    return Time(blocks, width, after, inside, statistics.median(ratios))
+    return Time(blocks, width, clips, after, inside, statistics.median(ratios))
 
 
 def measure_training(*, quick: bool) -> Training:

@@ -11,6 +11,8 @@ from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ig
 __all__ = ["draw"]
 
 _COLOURS = {AFTER: "#9aa5b1", INSIDE: "#0b6e4f"}
+# From here on labels have no decimals.
+_TENS = 10
 # A white background keeps the picture readable on light and dark pages.
 _STYLE: Any = {
     "figure.facecolor": "white",
@@ -45,7 +47,7 @@ def draw(file: Path, memory: Sequence[Memory]) -> None:
                     color=_COLOURS[way],
                     label=f"step {way}",
                 )
-                axes.bar_label(bars, [f"{value:.0f}" if value >= 10 else f"{value:.1f}" for _, value in rows])  # noqa: PLR2004
+                axes.bar_label(bars, [f"{value:.2g}" if value < _TENS else f"{value:.0f}" for _, value in rows])
             axes.set_xticks(range(len(rows)), [f"{each.blocks} blocks" for each, _ in rows])
             axes.set_title(title)
             axes.set_ylim(0, 1.12 * max(values))

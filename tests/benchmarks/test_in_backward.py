@@ -31,7 +31,9 @@ def test_the_page_has_every_measurement(
         measure.INSIDE: measure.Memory(6, measure.INSIDE, 9 * mib, (mib, mib), mib, 3 * mib),
     }
     monkeypatch.setattr(command, "measure_memory", lambda _, way, **__: memory[way])
-    monkeypatch.setattr(command, "measure_time", lambda *size, **_: measure.Time(*size, 1.0, 1.2, 1.2))
+    monkeypatch.setattr(
+        command, "measure_time", lambda *size, **_: measure.Time(*size, clips=True, after=1.0, inside=1.2, ratio=1.2)
+    )
     training = measure.Training(200, 5.5, 2.5, 2.5, is_equal=True)
     monkeypatch.setattr(command, "measure_training", lambda **_: training)
     page = tmp_path / "page.md"
@@ -42,7 +44,7 @@ def test_the_page_has_every_measurement(
     assert command.main(arguments) == 0
     printed = capsys.readouterr().out
     assert "| 6 | 9.0 | 9.0 | 1.0 | 10.0 | 3.0 | **no** |" in printed
-    assert "| 1 | 256 | 1.000 | 1.200 | 1.20 | **no** |" in printed
+    assert "| 1 | 256 | everything | 1.000 | 1.200 | 1.20 | **no** |" in printed
     assert "equal to the last bit: yes" in printed
     if len(arguments) > 1:
         written = page.read_text(encoding="utf-8")
@@ -54,7 +56,9 @@ def test_the_page_has_every_measurement(
 def test_two_ways_that_differ_are_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = measure.Memory(1, measure.AFTER, 1, (1, 1), 1, 1)
     monkeypatch.setattr(command, "measure_memory", lambda *_, **__: memory)
-    monkeypatch.setattr(command, "measure_time", lambda *_, **__: measure.Time(1, 1, 1.0, 1.0, 1.0))
+    monkeypatch.setattr(
+        command, "measure_time", lambda *_, **__: measure.Time(1, 1, clips=True, after=1.0, inside=1.0, ratio=1.0)
+    )
     training = measure.Training(200, 5.5, 2.5, 2.6, is_equal=False)
     monkeypatch.setattr(command, "measure_training", lambda **_: training)
     assert command.main([]) == 1
