@@ -270,7 +270,9 @@ class TestRefused:
     def test_attach(self) -> None:
         model = a_model()
         stepper = StepInBackward(model, adamw, Clip(1.0))
-        with pytest.raises(SettingError, match="a StepInBackward, which normalizes.*pass the policy to StepInBackward"):
+        with pytest.raises(
+            SettingError, match="a StepInBackward, which normalizes.*choose the policy where it is made"
+        ):
             attach(model, stepper, Clip(1.0))
 
     def test_further_parameters(self) -> None:

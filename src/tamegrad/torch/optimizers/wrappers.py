@@ -47,7 +47,7 @@ _REFUSED = {
     "pytorch_optimizer.optimizer.lomo.LOMO": _AFTER_BACKWARD,
     "tamegrad.torch.backward.stepper.StepInBackward": (
         "which normalizes and steps each layer during backward()",
-        "pass the policy to StepInBackward",
+        "choose the policy where it is made: StepInBackward(model, make_optimizer, policy)",
     ),
     "torchtune.training.memory.OptimizerInBackwardWrapper": (
         _IN_BACKWARD,
