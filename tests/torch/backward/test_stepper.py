@@ -332,6 +332,19 @@ def test_the_policy_can_change_and_counters_stay() -> None:
         stepper.policy = Clip(0.5)
 
 
+def test_counters_stay_when_the_model_has_moved_to_another_device() -> None:
+    model = a_model()
+    stepper = StepInBackward(model, adamw, Clip(1.0), on_nonfinite="skip_group")
+    handle = model[2].weight.register_hook(lambda gradient: gradient * math.nan)
+    for _ in range(2):
+        backward(model)
+        for unit in stepper._units:
+            unit._device = torch.device("meta")
+    handle.remove()
+    backward(model)
+    assert stepper.nonfinite_steps == {"2": 2}
+
+
 def test_reports_are_snapshots_and_total_norms_do_not_overflow() -> None:
     model = a_model().double()
     stepper = StepInBackward(model, lambda params: torch.optim.SGD(params, lr=0.0), Clip(1.0))

@@ -139,7 +139,7 @@ def refuse_retain_graph() -> None:
     Raises:
         SettingError: If it was called with `retain_graph=True`.
     """
-    # PyTorch before 2.6 does not tell; there its version counters notice most of what is used again.
+    # Older versions of PyTorch do not tell; there the version counters notice most of what is used again.
     keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)  # noqa: SLF001
     if keeps_graph is not None and keeps_graph():
         raise SettingError(
@@ -170,6 +170,9 @@ def _stack() -> Iterator[FrameType]:
         frame = frame.f_back
 
 
-def _living(kind: type) -> Iterator[Any]:
-    """Yields all living objects of a class."""
-    return (one for one in gc.get_objects() if issubclass(type(one), kind))
+def _living(kind: type) -> list[Any]:
+    """Returns all living objects of a class."""
+    if any(issubclass(type(one), kind) for one in gc.get_objects()):
+        # Some may only wait for it.
+        gc.collect()
+    return [one for one in gc.get_objects() if issubclass(type(one), kind)]
