@@ -359,6 +359,19 @@ def test_compiled_models() -> None:
     assert all(torch.allclose(a, b) for a, b in zip(model.parameters(), after.parameters(), strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of compiled autograd itself
+def test_compiled_autograd_is_refused_before_anything_is_stepped() -> None:
+    model = a_model()
+    stepper = StepInBackward(model, adamw, Clip(1.0))
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    with torch._dynamo.config.patch(compiled_autograd=True), pytest.raises(SettingError, match="compiled autograd"):
+        torch.compile(lambda: loss_of(model).backward(), backend="eager")()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    stepper.zero_grad()
+    loss_of(model).backward()
+    assert stepper.steps == 1
+
+
 def test_a_weight_that_backward_still_needs_is_an_error_of_pytorch_not_a_wrong_gradient() -> None:
     class Detached(nn.Module):
         def __init__(self) -> None:

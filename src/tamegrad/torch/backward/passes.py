@@ -59,6 +59,13 @@ class Passes:
             SettingError: If stepping inside of it cannot be right.
         """
         task = torch._C._current_graph_task_id()  # noqa: SLF001  torch has no other name
+        if task < 0:
+            raise SettingError(
+                _WHERE,
+                got="a gradient outside of a backward pass of PyTorch's engine, as compiled autograd hands it over",
+                allowed="backward() without compiled autograd; compiled models are fine",
+                advice="leave out torch._dynamo.config.compiled_autograd, or step after backward() with attach()",
+            )
         if task == self._task:
             return False
         nested = not self.accumulates and is_nested()
