@@ -6,7 +6,12 @@ from contextlib import contextmanager
 import torch
 
 from tamegrad.errors import SettingError, quoted, warn
-from tamegrad.torch.backward.refusals import is_nested, refuse_create_graph, refuse_retain_graph
+from tamegrad.torch.backward.refusals import (
+    is_nested,
+    refuse_compiled_autograd,
+    refuse_create_graph,
+    refuse_retain_graph,
+)
 from tamegrad.torch.backward.units import Unit
 
 __all__ = ["Passes"]
@@ -59,13 +64,6 @@ class Passes:
             SettingError: If stepping inside of it cannot be right.
         """
         task = torch._C._current_graph_task_id()  # noqa: SLF001  torch has no other name
-        if task < 0:
-            raise SettingError(
-                _WHERE,
-                got="a gradient outside of a backward pass of PyTorch's engine, as compiled autograd hands it over",
-                allowed="backward() without compiled autograd; compiled models are fine",
-                advice="leave out torch._dynamo.config.compiled_autograd, or step after backward() with attach()",
-            )
         if task == self._task:
             return False
         nested = not self.accumulates and is_nested()
@@ -93,6 +91,7 @@ class Passes:
             )
         refuse_create_graph()
         refuse_retain_graph()
+        refuse_compiled_autograd()
         return True
 
     def completes(self, unit: Unit) -> bool:

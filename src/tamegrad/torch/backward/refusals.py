@@ -17,6 +17,7 @@ from tamegrad.torch.settings import Settings
 
 __all__ = [
     "is_nested",
+    "refuse_compiled_autograd",
     "refuse_create_graph",
     "refuse_data_parallel",
     "refuse_model_wide",
@@ -148,6 +149,23 @@ def refuse_retain_graph() -> None:
             allowed="the last backward pass through a graph",
             advice="add the losses up and call backward() once; or call all but the last inside "
             "`with stepper.accumulate():`, and the last without retain_graph",
+        )
+
+
+def refuse_compiled_autograd() -> None:
+    """Refuses, inside a hook, a backward pass that compiled autograd runs, which never says that it ended.
+
+    Raises:
+        SettingError: If it does.
+    """
+    # Whoever uses it has imported it.
+    compiled = sys.modules.get("torch._dynamo.compiled_autograd")
+    if getattr(compiled, "in_compiled_autograd_region", False):
+        raise SettingError(
+            _WHERE,
+            got="a backward pass that compiled autograd runs, which never says that it ended",
+            allowed="backward() without compiled autograd; compiled models are fine",
+            advice="leave out torch._dynamo.config.compiled_autograd, or step after backward() with attach()",
         )
 
 
