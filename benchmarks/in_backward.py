@@ -122,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         written = options.write.read_text(encoding="utf-8").partition(HEADING)[0]
         made = (
             f"`python benchmarks/in_backward.py` on {platform.system()} {platform.machine()}, {os.cpu_count()} cores, "
-            f"Python {platform.python_version()}, torch {version('torch')}."
+            f"Python {platform.python_version()}, torch {version('torch')}, load average {os.getloadavg()[0]:.0f}."
         )
         options.write.write_text(f"{written}{HEADING}\n\n{made}\n\n{text}\n", encoding="utf-8")
     return 0 if training.is_equal else 1
