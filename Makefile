@@ -21,8 +21,9 @@ test-oldest: .venv-oldest/test  ## everything with the oldest versions that pypr
 test-ecosystem: .venv-ecosystem/test  ## with Accelerate, Lightning, timm, PEFT and others, a minute; downloads gigabytes
 	.venv-ecosystem/bin/python -m pytest tests/ecosystem
 
-bench: .venv/bench  ## tamegrad's speed beside other tools', about eight minutes; refuses if the contract suite is red
+bench: .venv/bench  ## tamegrad's speed beside other tools', about ten minutes; refuses if the contract suite is red
 	$(BIN)/python benchmarks/speed.py --write docs/speed.md
+	$(BIN)/python benchmarks/in_backward.py --write docs/step-in-backward.md
 
 # The wheel is tried in an empty environment, first with NumPy alone; -I makes Python ignore the clone.
 dist: .venv-dist/build  ## wheel and sdist, in dist/

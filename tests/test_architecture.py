@@ -30,6 +30,7 @@ ROOMS = [
     "tamegrad.torch.normalizer",
     "tamegrad.torch.optimizers",
     "tamegrad.torch.attach",
+    "tamegrad.torch.backward",
     "tamegrad.torch.clip_grad",
     "tamegrad.torch.summary",
     "tamegrad.torch",

@@ -126,3 +126,16 @@ def test_a_plan_does_not_ask_that_every_override_applies() -> None:
 def test_refuses_a_model_without_parameters(layers: list[Layer]) -> None:
     with pytest.raises(SettingError, match="^model: got no parameters; allowed: .*; next: "):
         make_plan(layers, Policy())
+
+
+class TestByLayer:
+    def test_the_parts_are_the_plans_of_the_layers(self) -> None:
+        policy = Policy(Clip(1.0), {"*/bias": None, "rnn.l1": Renormalize(per="param_type")})
+        plan = make_plan(LAYERS, policy)
+        parts = plan.by_layer()
+        assert parts == [make_plan([layer], policy) for layer in LAYERS]
+        assert [group.name for part in parts for group in part.groups] == [group.name for group in plan.groups]
+
+    def test_refuses_groups_of_several_layers(self) -> None:
+        with pytest.raises(ValueError, match="'model' spans several layers"):
+            make_plan(LAYERS, Policy(Clip(1.0, per="model"))).by_layer()

@@ -5,7 +5,7 @@ Plain data without arrays. `P` is the number of parameters, `G` the number of gr
 
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from tamegrad.errors import SettingError, UnmatchedError, closest, quoted
@@ -104,6 +104,27 @@ class Plan:
         """For each parameter the position of its group."""
         positions = {member: index for index, group in enumerate(self.groups) for member in group.members}
         return tuple(positions[member] for member in range(len(self.parameters)))
+
+    def by_layer(self) -> "list[Plan]":
+        """Splits the plan into one a layer, in the order of the layers.
+
+        Raises:
+            ValueError: If a group spans several layers.
+        """
+        owners = [owner for owner, layer in enumerate(self.layers) for _ in layer.parameters]
+        plans = []
+        groups, start = list(self.groups), 0
+        for owner, layer in enumerate(self.layers):
+            own: list[Group] = []
+            # Groups are in the order of their first parameters.
+            while groups and owners[groups[0].members[0]] == owner:
+                group = groups.pop(0)
+                if {owners[member] for member in group.members} != {owner}:
+                    raise ValueError(f"the group {group.name!r} spans several layers")
+                own.append(replace(group, members=tuple(member - start for member in group.members)))
+            plans.append(Plan((layer,), tuple(own)))
+            start += len(layer.parameters)
+        return plans
 
     def layers_of(self, names: Iterable[str]) -> list[str]:
         """Returns the layers that own the given parameters, each once, in the order of the model.

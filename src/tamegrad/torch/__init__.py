@@ -1,4 +1,4 @@
-"""For PyTorch: `attach` to an optimizer, or normalize by hand with `GradientNormalizer` or `normalize_grad_`."""
+"""For PyTorch: `attach` to an optimizer, step in backward with `StepInBackward`, or normalize by hand."""
 
 try:
     import torch  # noqa: F401  only to say which extra is missing
@@ -13,6 +13,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from tamegrad.torch.attach import AttachedNormalizer, attach
+from tamegrad.torch.backward.stepper import StepInBackward
 from tamegrad.torch.clip_grad import clip_grad_norm_, clip_grad_value_
 from tamegrad.torch.normalizer import GradientNormalizer, normalize_grad_
 from tamegrad.torch.summary import GroupSummary, Summary
@@ -21,6 +22,7 @@ __all__ = [
     "AttachedNormalizer",
     "GradientNormalizer",
     "GroupSummary",
+    "StepInBackward",
     "Summary",
     "attach",
     "clip_grad_norm_",

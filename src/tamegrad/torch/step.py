@@ -18,7 +18,6 @@ from tamegrad.torch.backends.tensorwise import count_nonfinite
 from tamegrad.torch.gradients import Gradients, collect
 from tamegrad.torch.model.planning import PlannedModel
 from tamegrad.torch.settings import Settings
-from tamegrad.torch.sharded.agreement import describe_policy
 from tamegrad.torch.sharded.sharding import mesh_of
 
 __all__ = ["Step"]
@@ -46,11 +45,6 @@ class Step:
     """
 
     def __init__(self, planned: PlannedModel, settings: Settings) -> None:
-        # First, since after an error on one rank alone the others would wait for it.
-        planned.reduction.agree_on_settings(
-            settings.on_nonfinite,
-            [f"layers: {tuple(settings.layers)}", *describe_policy(settings.policy)],
-        )
         self.plan = planned.plan
         self.parameters = planned.parameters
         self.backend: SelectedBackend = select(settings.backend, planned.parameters)

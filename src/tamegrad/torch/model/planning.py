@@ -1,6 +1,6 @@
 """Makes the plan of a model, and makes it anew when the model changes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
@@ -15,6 +15,7 @@ from tamegrad.torch.model.selection import Selection
 from tamegrad.torch.model.unsupported import refuse_unsupported
 from tamegrad.torch.model.watch import ModuleWatch
 from tamegrad.torch.settings import Settings
+from tamegrad.torch.sharded.agreement import describe_policy
 from tamegrad.torch.sharded.distributed import Reduction
 
 __all__ = ["Model", "PlannedModel", "Planner"]
@@ -40,6 +41,15 @@ class PlannedModel:
     device: torch.device
     watch: ModuleWatch
 
+    def by_layer(self) -> "list[PlannedModel]":
+        """Splits the plan into one a layer, in the order of the layers; no group may span several layers."""
+        parts, start = [], 0
+        for plan in self.plan.by_layer():
+            own = slice(start, start + len(plan.parameters))
+            parts.append(replace(self, plan=plan, parameters=self.parameters[own], reduction=self.reduction.part(own)))
+            start = own.stop
+        return parts
+
 
 class Planner:
     """Makes the plan of a model, and new ones when the model changes.
@@ -56,6 +66,7 @@ class Planner:
     def __init__(self, model: Model | ModelLayers, settings: Settings, selection: Selection) -> None:
         self._merged = settings.layers
         self._process_groups = settings.process_groups
+        self._on_nonfinite = settings.on_nonfinite
         self._selection = selection
         self._model: nn.Module | ModelLayers = (
             model if isinstance(model, nn.Module | ModelLayers) else read_pairs(model, settings.layers)
@@ -65,8 +76,8 @@ class Planner:
         """Makes the first plan of a policy, in which every pattern must match something.
 
         Raises:
-            SettingError: If there is no parameter to plan for, the plans of the ranks differ, or FSDP1 or DeepSpeed has
-                the gradients.
+            SettingError: If there is no parameter to plan for, the plans or settings of the ranks differ, or FSDP1 or
+                DeepSpeed has the gradients.
             UnmatchedError: If an override or a pattern of merged layers matches nothing.
         """
         return self._plan(policy, first=True)
@@ -100,6 +111,7 @@ class Planner:
         parameters = tuple(selected.parameters)
         reduction = Reduction(parameters, self._process_groups)
         plan = reduction.agree(parameters, make)
+        reduction.agree_on_settings(self._on_nonfinite, [f"layers: {tuple(self._merged)}", *describe_policy(policy)])
         if first:
             self._selection.check(plan, layers, policy)
         # Pairs of names and parameters have no modules, and so none that change.

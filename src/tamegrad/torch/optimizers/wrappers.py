@@ -45,6 +45,10 @@ _REFUSED = {
     "lomo_optim.lomo.Lomo": _AFTER_BACKWARD,
     "pytorch_optimizer.optimizer.lomo.AdaLOMO": _AFTER_BACKWARD,
     "pytorch_optimizer.optimizer.lomo.LOMO": _AFTER_BACKWARD,
+    "tamegrad.torch.backward.stepper.StepInBackward": (
+        "which normalizes and steps each layer during backward()",
+        "choose the policy where it is made: StepInBackward(model, make_optimizer, policy)",
+    ),
     "torchtune.training.memory.OptimizerInBackwardWrapper": (
         _IN_BACKWARD,
         "set optimizer_in_bwd to False, and attach to the optimizer that then steps after backward()",

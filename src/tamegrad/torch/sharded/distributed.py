@@ -5,6 +5,7 @@ whichever gradients are present, so that no rank waits for another that has noth
 says so in the same sum, before it plans anew.
 """
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -120,6 +121,24 @@ class Reduction:
             problem = problem or found
         if problem is not None:
             raise problem
+
+    @property
+    def group(self) -> "ProcessGroup | None":
+        """The ranks that sums go over; None if the model is not sharded."""
+        return self._group
+
+    def part(self, parameters: slice) -> "Reduction":
+        """Returns the sums for some of the parameters: over the same ranks, without another collective.
+
+        Args:
+            parameters: Their positions.
+
+        Returns:
+            The reduction of their plan, which all ranks must have agreed on as a part of the whole.
+        """
+        part = copy.copy(self)
+        part.counted = self.counted[parameters]
+        return part
 
     def reduce(self, table: Tensor, *, looks: bool) -> tuple[Tensor, Tensor | None]:
         """Sums the tables of the ranks; every rank must call it, or `announce_change`.
