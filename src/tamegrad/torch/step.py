@@ -34,7 +34,8 @@ class Step:
         settings: What the user set.
 
     Raises:
-        SettingError: If another rank has other settings; then every rank raises.
+        SettingError: If the backend that was asked for cannot be used.
+        MissingExtraError: If its dependency is missing.
 
     Attributes:
         plan: The plan.
