@@ -15,7 +15,8 @@ from torch.distributed.checkpoint import state_dict as checkpoints
 
 from support.transformer import Gpt, batches, equal_parameters, trained
 from tamegrad import Clip, Policy, Renormalize, SettingError, TamegradWarning, UnmatchedError
-from tamegrad.torch import StepInBackward, attach
+from tamegrad.report import Report
+from tamegrad.torch import StepInBackward, Summary, attach
 
 DATA = batches(bytes(range(256)) * 4, 6)
 
@@ -406,3 +407,25 @@ class TestLifetimes:
         stepper.zero_grad()
         backward(model)
         assert stepper.steps == 1
+
+
+def test_sinks_and_a_summary_see_every_step() -> None:
+    class Steps:
+        def __init__(self) -> None:
+            self.seen: list[tuple[int, list[float]]] = []
+
+        def write(self, step: int, report: Report[Any]) -> None:
+            self.seen.append((step, report.norms_after.tolist()))
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    sink, summary = Steps(), Summary()
+    stepper = StepInBackward(
+        model, lambda params: torch.optim.SGD(params, lr=1e-9), Clip(1.0), sinks=[sink], log_every=2
+    )
+    for _ in range(5):
+        (100 * model(torch.ones(5, 3))).square().sum().backward()
+        assert stepper.report is not None
+        summary.update(stepper.report)
+    assert sink.seen == [(2, [1.0, 1.0]), (4, [1.0, 1.0])]
+    assert (summary.steps, summary["0"].clipped) == (5, 1.0)

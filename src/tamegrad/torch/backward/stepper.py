@@ -297,6 +297,7 @@ class StepInBackward(Optimizer):
     def _count_step(self) -> None:
         self.report = joined([unit.report for unit in self._units if unit.report is not None])
         self.steps += 1
+        self.settings.log.after_step(self.steps, self.report)
         self._passes_since_step += 1
         # What learning rate schedulers look at, to warn if they step before the optimizer.
         self._opt_called = True
