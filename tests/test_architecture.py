@@ -29,6 +29,7 @@ ROOMS = [
     "tamegrad.torch.normalizer",
     "tamegrad.torch.optimizers",
     "tamegrad.torch.attach",
+    "tamegrad.torch.clip_grad",
     "tamegrad.torch",
     "tamegrad.terminal",
     "tamegrad.dl4j",

@@ -1,9 +1,12 @@
+import json
+import posixpath
+import re
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tamegrad import Clip, GroupReport, UnmatchedError, normalize
+from tamegrad import Clip, GroupReport, Report, UnmatchedError, normalize
 
 GRADIENTS = {
     "rnn.l0": {"weight": np.array([3.0, 4.0])},
@@ -75,3 +78,87 @@ def test_says_when_the_step_was_skipped() -> None:
     assert report.skipped
     assert "step skipped" in str(report)
     assert report["rnn.l0"] == GroupReport("rnn.l0", norm=5.0, scale=1.0, norm_after=5.0, clipped=False, nonfinite=0)
+
+
+class TestScalars:
+    def test_are_flat_python_numbers(self) -> None:
+        _, report = normalize({name: GRADIENTS[name] for name in ("rnn.l0", "out")}, Clip(1.0))
+        scalars = report.as_scalars("grad")
+        assert scalars == {
+            "grad/total_norm": pytest.approx(25.25**0.5),
+            "grad/clipped": 1,
+            "grad/nonfinite": 0,
+            "grad/skipped": 0,
+            "grad/norm/rnn.l0": 5.0,
+            "grad/norm/out": 0.5,
+            "grad/scale/rnn.l0": 0.2,
+            "grad/scale/out": 1.0,
+        }
+        assert {type(value) for value in scalars.values()} == {int, float}
+
+    def test_leave_out_what_is_not_finite(self) -> None:
+        _, report = normalize(GRADIENTS, Clip(1.0))
+        scalars = report.as_scalars()
+        assert json.loads(json.dumps(scalars, allow_nan=False)) == scalars
+        assert scalars["grad/nonfinite"] == 1
+        assert "grad/total_norm" not in scalars
+        assert "grad/norm/bad" not in scalars
+        assert scalars["grad/scale/bad"] == 1.0
+
+    def test_may_have_another_prefix_or_none(self) -> None:
+        _, report = normalize({"out": GRADIENTS["out"]}, Clip(1.0))
+        assert "generator/grad/norm/out" in report.as_scalars("generator/grad")
+        assert "norm/out" in report.as_scalars("")
+
+    def test_names_are_those_that_every_tracker_takes(self) -> None:
+        groups = [
+            "(root)",
+            "root",
+            "*/bias",
+            "a b",
+            "model (2)",
+            "rnn.l0/*_weight",
+            ".",
+            "..",
+            "",
+            "_own",
+            "größe",
+            "x//y",
+        ]
+        _, one = normalize({"out": GRADIENTS["out"]}, Clip(1.0))
+        columns = (np.ones(len(groups)),) * 3
+        report = Report(
+            tuple(groups), *columns, np.zeros(len(groups), bool), np.zeros(len(groups), int), one.total_norm
+        )
+        names = [name.removeprefix("grad/norm/") for name in report.as_scalars() if name.startswith("grad/norm/")]
+        assert names == [
+            "root",
+            "root_2",
+            "all/bias",
+            "a_b",
+            "model_2",
+            "rnn.l0/_weight",
+            "all",
+            "all_2",
+            "all_3",
+            "_own",
+            "größe",
+            "x/all/y",
+        ]
+        for name in report.as_scalars():
+            # MLflow takes letters, digits and these, and no name that is another one when read as a path.
+            assert re.fullmatch(r"[\w./ :-]+", name)
+            assert posixpath.normpath(name) == name
+
+    def test_say_that_a_step_was_skipped(self) -> None:
+        _, report = normalize(GRADIENTS, Clip(1.0), on_nonfinite="skip")
+        assert report.as_scalars()["grad/skipped"] == 1
+
+
+def test_on_the_host_it_is_the_same_with_numpy_arrays() -> None:
+    _, report = normalize(GRADIENTS, Clip(1.0), on_nonfinite="skip")
+    host = report.on_host()
+    assert str(host) == str(report)
+    assert host.clipped.dtype == np.bool_
+    assert host.nonfinite.dtype == np.int64
+    assert host.skipped

@@ -95,13 +95,17 @@ class UnknownGroupError(UnmatchedError, KeyError):
         return str(self.args[0])
 
 
-class NonFiniteGradientError(TamegradError):
-    """A gradient holds NaN or infinity under `on_nonfinite="raise"`; no gradient was changed.
+class NonFiniteGradientError(TamegradError, RuntimeError):
+    """A gradient holds NaN or infinity where that is to raise; no gradient was changed.
+
+    It is a `RuntimeError` too, as what `torch.nn.utils.clip_grad_norm_` raises.
 
     Args:
         counts: By the full name of each affected parameter, how many values are NaN, plus and minus infinity; empty if
             they are all in another stage of a pipeline.
         layers: The layers of these parameters.
+        where: The call at fault; by default the gradients of these layers.
+        advice: What to do next.
 
     Example:
         >>> raise NonFiniteGradientError({"rnn.weight_hh_l0": (2, 1, 0)}, ["rnn.l0"])
@@ -113,7 +117,14 @@ class NonFiniteGradientError(TamegradError):
 
     most_named = 10
 
-    def __init__(self, counts: Mapping[str, tuple[int, int, int]], layers: Sequence[str]) -> None:
+    def __init__(
+        self,
+        counts: Mapping[str, tuple[int, int, int]],
+        layers: Sequence[str],
+        *,
+        where: str | None = None,
+        advice: str = 'look at the loss and the inputs of this step, or pass on_nonfinite="skip", "zero" or "keep"',
+    ) -> None:
         self.counts = dict(counts)
         self.layers = tuple(layers)
         named = [
@@ -121,12 +132,12 @@ class NonFiniteGradientError(TamegradError):
             for name, numbers in list(counts.items())[: self.most_named]
         ]
         more = len(counts) - len(named)
-        where = f"layer{'' if len(layers) == 1 else 's'} {quoted(layers[: self.most_named])}"
+        named_layers = f"layer{'' if len(layers) == 1 else 's'} {quoted(layers[: self.most_named])}"
         super().__init__(
-            f"gradients of {where if layers else 'another stage of the pipeline'}",
+            where or f"gradients of {named_layers if layers else 'another stage of the pipeline'}",
             got="; ".join(named) + (f"; and {more} parameters more" if more else "") or "NaN or infinity, named there",
             allowed="finite values",
-            advice='look at the loss and the inputs of this step, or pass on_nonfinite="skip", "zero" or "keep"',
+            advice=advice,
         )
 
 

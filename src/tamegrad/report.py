@@ -3,14 +3,19 @@
 `G` is the number of groups.
 """
 
-from collections.abc import Iterator
+import math
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from tamegrad.errors import UnknownGroupError, closest, quoted
 
-__all__ = ["GroupReport", "Report"]
+__all__ = ["GroupReport", "Report", "as_table"]
 
 
 class _Array(Protocol):
@@ -107,13 +112,71 @@ class Report(Generic[ArrayT]):
         return GroupReport(name, *(column[index].item() for column in columns))
 
     def rows(self) -> list[GroupReport]:
-        """Returns all rows as Python numbers, in the order of `groups`; this reads the device once a column.
+        """Returns all rows as Python numbers, in the order of `groups`; this reads the device.
 
         Returns:
             One row a group.
         """
+        *columns, _ = self._read()
+        return [
+            GroupReport(name, norm, scale, after, bool(clipped), int(nonfinite))
+            for name, norm, scale, after, clipped, nonfinite in zip(self.groups, *columns, strict=True)
+        ]
+
+    def on_host(self) -> "Report[NDArray[Any]]":
+        """Returns the same report with NumPy arrays; this reads the device once, for everything in it."""
+        norms, scales, norms_after, clipped, nonfinite, (total,) = self._read()
+        return Report(
+            self.groups,
+            np.array(norms, dtype=np.float64),
+            np.array(scales, dtype=np.float64),
+            np.array(norms_after, dtype=np.float64),
+            np.array(clipped, dtype=np.bool_),
+            np.array(nonfinite, dtype=np.int64),
+            np.array(total, dtype=np.float64),
+            self.skipped,
+        )
+
+    def as_scalars(self, prefix: str = "grad") -> dict[str, float]:
+        """Returns a flat dictionary of Python numbers for TensorBoard, W&B, MLflow, CSV or JSON; this reads the device.
+
+        `{prefix}/norm/{group}` and `{prefix}/scale/{group}` for every group, and of the step `{prefix}/total_norm`, the
+        numbers of groups that were `clipped` and that were `nonfinite`, and whether it was `skipped` (1 or 0). What is
+        NaN or infinite is left out, which every one of these shows as a gap: so a group without a norm was not finite.
+
+        In the names of groups only letters, digits, `_`, `-`, `.` and `/` are left: `(root)` is `root`, and another
+        group of that name `root_2`.
+
+        Args:
+            prefix: What the names begin with; if empty, there is no slash either.
+
+        Returns:
+            Floats and ints by name.
+
+        Example:
+            >>> from tamegrad import Clip, normalize
+            >>> _, report = normalize({"out": {"weight": np.array([3.0, 4.0])}}, Clip(1.0))
+            >>> report.as_scalars("grad")
+            {'grad/total_norm': 5.0, 'grad/clipped': 1, 'grad/nonfinite': 0, 'grad/skipped': 0, 'grad/norm/out': 5.0,
+             'grad/scale/out': 0.2}
+        """
+        norms, scales, _, clipped, nonfinite, (total,) = self._read()
+        scalars: dict[str, float] = {
+            "total_norm": total,
+            "clipped": sum(map(int, clipped)),
+            "nonfinite": sum(count > 0 for count in nonfinite),
+            "skipped": int(self.skipped),
+        }
+        names = _scalar_names(self.groups)
+        scalars |= {f"norm/{name}": norm for name, norm in zip(names, norms, strict=True)}
+        scalars |= {f"scale/{name}": scale for name, scale in zip(names, scales, strict=True)}
+        start = f"{prefix}/" if prefix else ""
+        return {f"{start}{name}": value for name, value in scalars.items() if math.isfinite(value)}
+
+    def _read(self) -> list[list[Any]]:
+        """Returns the columns, and a column of the total norm alone, as lists of Python numbers."""
         columns = (self.norms, self.scales, self.norms_after, self.clipped, self.nonfinite)
-        return [GroupReport(*row) for row in zip(self.groups, *(column.tolist() for column in columns), strict=True)]
+        return [*(column.tolist() for column in columns), [self.total_norm.tolist()]]
 
     def __iter__(self) -> Iterator[GroupReport]:
         """Iterates over `rows()`."""
@@ -143,16 +206,38 @@ class Report(Generic[ArrayT]):
         )
 
     def __str__(self) -> str:
-        rows = self.rows()
+        host = self.on_host()
+        rows = host.rows()
         clipped, nonfinite = sum(row.clipped for row in rows), sum(row.nonfinite > 0 for row in rows)
-        head = f"{len(rows)} group{'' if len(rows) == 1 else 's'}, total norm {self.total_norm.tolist():.4g}"
+        head = f"{len(rows)} group{'' if len(rows) == 1 else 's'}, total norm {host.total_norm:.4g}"
         lines = [f"{head}, {clipped} clipped, {nonfinite} non-finite{', step skipped' if self.skipped else ''}"]
         table: list[tuple[str, ...]] = [("group", "norm", "scale", "norm after", "clipped", "non-finite")]
         for row in rows:
             numbers = (f"{number:.4g}" for number in (row.norm, row.scale, row.norm_after))
             table.append((row.name, *numbers, "yes" if row.clipped else "", str(row.nonfinite or "")))
-        widths = [max(len(row[column]) for row in table) for column in range(6)]
-        lines += [
-            "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
-        ]
-        return "\n".join(lines)
+        return "\n".join([*lines, *as_table(table)])
+
+
+def as_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Returns rows of cells as lines of text, in aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+@lru_cache(maxsize=8)
+def _scalar_names(groups: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the names of groups with the characters that every tracker takes, each name once."""
+    names: dict[str, None] = {}
+    for group in groups:
+        name = "/".join(map(_plain, group.split("/")))
+        number = 1
+        while (unique := name if number == 1 else f"{name}_{number}") in names:
+            number += 1
+        names[unique] = None
+    return tuple(names)
+
+
+def _plain(part: str) -> str:
+    """Returns one part of a path without other characters; it is not empty, and no `.` or `..`, which move in paths."""
+    kept = [word for word in re.split(r"[^\w.-]+", part) if word]
+    return "_".join(kept) if any(word.strip(".") for word in kept) else "all"

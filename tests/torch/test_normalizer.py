@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tamegrad import (
     Clip,
@@ -311,3 +311,17 @@ def test_parameters_may_be_chosen() -> None:
     report = GradientNormalizer(model, Clip(1.0), parameters=[model["b"].weight]).normalize_()
     assert report.groups == ("b",)
     assert gradients(model)[0] == [3.0, 4.0]
+
+
+def test_everything_in_a_report_is_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = normalize_grad_(two_layers([3.0, 4.0], [math.nan, 0.5]), Clip(1.0))
+    transfers: list[Tensor] = []
+    original: Callable[[Tensor], Any] = Tensor.tolist
+    monkeypatch.setattr(Tensor, "tolist", lambda tensor: transfers.append(tensor) or original(tensor))
+    reads: list[Callable[[], object]] = [report.rows, report.as_scalars, report.on_host, lambda: str(report)]
+    for number, read in enumerate(reads, start=1):
+        read()
+        assert len(transfers) == number
+    assert report.as_scalars("g")["g/norm/a"] == 5.0
+    assert report.on_host()["a"] == report["a"]
+    assert report.on_host()["b"].nonfinite == report["b"].nonfinite == 1

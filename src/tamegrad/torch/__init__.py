@@ -13,6 +13,14 @@ except ModuleNotFoundError as error:
     ) from error
 
 from tamegrad.torch.attach import AttachedNormalizer, attach
+from tamegrad.torch.clip_grad import clip_grad_norm_, clip_grad_value_
 from tamegrad.torch.normalizer import GradientNormalizer, normalize_grad_
 
-__all__ = ["AttachedNormalizer", "GradientNormalizer", "attach", "normalize_grad_"]
+__all__ = [
+    "AttachedNormalizer",
+    "GradientNormalizer",
+    "attach",
+    "clip_grad_norm_",
+    "clip_grad_value_",
+    "normalize_grad_",
+]

@@ -1,5 +1,7 @@
 """The four steps for one plan: measure, reduce, decide, apply."""
 
+import copy
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -39,6 +41,7 @@ class Step:
         plan: The plan.
         parameters: The parameters, in its order.
         backend: Which backend is used, and why.
+        is_sharded: Whether some of them are DTensors.
         nonfinite_steps: `(G,)` int64: in how many steps so far each group held NaN or infinity.
     """
 
@@ -56,9 +59,15 @@ class Step:
         self._on_nonfinite: OnNonfinite = settings.on_nonfinite
         self._backend: Backend = BACKENDS[self.backend.name](self.plan, planned.reduction.counted)
         self._names = tuple(parameter.name for parameter in self.plan.parameters)
-        self._sharded = any(mesh_of(parameter) is not None for parameter in self.parameters)
+        self.is_sharded = any(mesh_of(parameter) is not None for parameter in self.parameters)
         self._on_host = all(parameter.device.type == "cpu" for parameter in self.parameters)
         self._group_names = tuple(group.name for group in self.plan.groups)
+
+    def on(self, parameters: Sequence[Any]) -> "Step":
+        """Returns the same step for these tensors, of a number and kind that the plan was made for; or for none."""
+        other = copy.copy(self)
+        other.parameters = tuple(parameters)
+        return other
 
     def collect(self) -> Gradients:
         """Collects the gradients that the parameters have now.
@@ -68,7 +77,7 @@ class Step:
                 while a CUDA graph is captured; nothing was changed.
         """
         self._refuse_capture()
-        return collect(self.parameters, self._names, sharded=self._sharded)
+        return collect(self.parameters, self._names, sharded=self.is_sharded)
 
     def decide(self, gradients: Gradients, loss_scale: Tensor | None) -> tuple[Decision[Any], bool]:
         """Measures, reduces and decides.
@@ -199,6 +208,13 @@ class _StepReport(Report[Tensor]):
     @property
     def total_norm(self) -> Tensor:
         return _as_tensor(self._decision.total_norm)
+
+    def _read(self) -> list[list[Any]]:
+        # One transfer; float64 holds every count of values.
+        columns = (self.norms, self.scales, self.norms_after, self.clipped, self.nonfinite)
+        read = torch.cat([*(column.to(torch.float64) for column in columns), self.total_norm.view(1)]).tolist()
+        size = len(self.groups)
+        return [read[start : start + size] for start in range(0, len(read), size)]
 
 
 def _as_tensor(array: Any) -> Tensor:  # noqa: ANN401  an array of NumPy or PyTorch

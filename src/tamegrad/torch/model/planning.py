@@ -45,7 +45,7 @@ class Planner:
     """Makes the plan of a model, and new ones when the model changes.
 
     Args:
-        model: The model, or pairs of a name and a parameter.
+        model: The model, pairs of a name and a parameter, or the layers themselves.
         settings: What the user set; the policy is passed each time, since it may change.
         selection: Which parameters are planned for.
 
@@ -53,12 +53,12 @@ class Planner:
         SettingError: If `model` is neither of the two, or two parameters have one name.
     """
 
-    def __init__(self, model: Model, settings: Settings, selection: Selection) -> None:
+    def __init__(self, model: Model | ModelLayers, settings: Settings, selection: Selection) -> None:
         self._merged = settings.layers
         self._process_groups = settings.process_groups
         self._selection = selection
         self._model: nn.Module | ModelLayers = (
-            model if isinstance(model, nn.Module) else read_pairs(model, settings.layers)
+            model if isinstance(model, nn.Module | ModelLayers) else read_pairs(model, settings.layers)
         )
 
     def first_plan(self, policy: Policy) -> PlannedModel:
@@ -99,7 +99,7 @@ class Planner:
 
         parameters = tuple(selected.parameters)
         reduction = Reduction(parameters, self._process_groups)
-        plan = reduction.agree(make)
+        plan = reduction.agree(parameters, make)
         if first:
             self._selection.check(plan, layers, policy)
         # Pairs of names and parameters have no modules, and so none that change.

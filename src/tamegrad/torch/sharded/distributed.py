@@ -49,7 +49,6 @@ class Reduction:
     """
 
     def __init__(self, parameters: Sequence[Tensor], process_groups: Sequence["ProcessGroup"]) -> None:
-        self._parameters = parameters
         self._stages = [_Stages(group, _device_for(group, parameters)) for group in process_groups]
         self._meshes: list[DeviceMesh] = []
         self._group: ProcessGroup | None = None
@@ -61,10 +60,13 @@ class Reduction:
             self._device = _device_for(self._group, parameters)
         self.counted: tuple[bool, ...] = (True,) * len(parameters)
 
-    def agree(self, make: Callable[[], tuple[Plan, Mapping[str, UnmatchedError]]]) -> Plan:
+    def agree(
+        self, parameters: Sequence[Tensor], make: Callable[[], tuple[Plan, Mapping[str, UnmatchedError]]]
+    ) -> Plan:
         """Makes this rank's plan and compares it with those of the others, in a few collectives.
 
         Args:
+            parameters: The parameters that this was made for; it does not keep them alive.
             make: Returns the plan, and an error for each override that matches nothing here; in a pipeline, another
                 stage may have a match.
 
@@ -86,7 +88,7 @@ class Reduction:
             problem = problem or next(iter(unmatched.values()), None)
         # No rank raises before the last collective, which the others would wait for.
         if self._group is not None:
-            found = self._compare(self._group, plan, problem)
+            found = self._compare(self._group, parameters, plan, problem)
             problem = problem or found
         for stages in self._stages:
             found = stages.compare(plan, problem, unmatched)
@@ -166,11 +168,13 @@ class Reduction:
             return counts
         return _sum(counts * torch.tensor(self.counted, device=counts.device)[:, None], self._group, self._device)
 
-    def _compare(self, group: "ProcessGroup", plan: Plan | None, problem: TamegradError | None) -> TamegradError | None:
+    def _compare(
+        self, group: "ProcessGroup", parameters: Sequence[Tensor], plan: Plan | None, problem: TamegradError | None
+    ) -> TamegradError | None:
         """Compares plans and settles which rank counts which shard; returns an error if the ranks cannot go on."""
         sizes = tuple(stages.size for stages in self._stages)
         lines = [f"sizes of process_groups: {sizes}"]
-        lines += describe_plan(plan, self._parameters) if plan is not None else []
+        lines += describe_plan(plan, parameters) if plan is not None else []
         firsts = tuple(map(first_rank, self._meshes))
         cards: list[_Card] = gathered(_Card(None if problem is None else str(problem), firsts), group)
         failed = {rank: card.problem for rank, card in zip(self._ranks, cards, strict=True) if card.problem is not None}
@@ -191,7 +195,7 @@ class Reduction:
             slices[mesh] = known.index(first), len(known)
         self.counted = tuple(
             is_counted(parameter, turn, slices, self._ranks, dist.get_rank())
-            for turn, parameter in enumerate(self._parameters)
+            for turn, parameter in enumerate(parameters)
         )
         return None
 

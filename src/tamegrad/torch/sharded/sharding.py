@@ -23,6 +23,7 @@ __all__ = [
     "local_part",
     "mesh_of",
     "ranks_together",
+    "replicated",
     "waited_for",
     "with_local_part",
 ]
@@ -65,6 +66,13 @@ def with_local_part(like: Any, part: Tensor, placements: Sequence[Any] | None = 
 
     placed = like.placements if placements is None else placements
     return DTensor.from_local(part, like.device_mesh, placed, run_check=False, shape=like.shape, stride=like.stride())
+
+
+def replicated(tensor: Tensor, mesh: "DeviceMesh") -> Tensor:
+    """Returns a tensor that is the same on all ranks of a mesh as a DTensor."""
+    from torch.distributed.tensor import DTensor, Replicate  # noqa: PLC0415  as above
+
+    return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
 def first_rank(mesh: "DeviceMesh") -> int:

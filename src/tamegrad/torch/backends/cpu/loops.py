@@ -282,7 +282,7 @@ def _scale(values: Any, first: Any, second: Any) -> None:
 
 
 def cut(values: Any, limit: Any) -> None:
-    """Cuts real numbers to a limit. Only for compiled code.
+    """Cuts real numbers to a limit; NaN stays. Only for compiled code.
 
     Rounding the limit to their dtype first changes nothing: a value above the limit is at or above the rounded one.
     """
@@ -290,11 +290,12 @@ def cut(values: Any, limit: Any) -> None:
 
 
 def _cut_bits(values: Any, limit: Any) -> None:
-    most = narrowed(limit, values)
+    most, infinity = narrowed(limit, values), narrowed(np.inf, values)
     bits_of = values.dtype.type
     for index in range(values.size):
-        bits = values[index]
-        values[index] = bits_of(bits & 0x8000) | min(bits_of(bits & 0x7FFF), most)
+        sign, magnitude = bits_of(values[index] & 0x8000), bits_of(values[index] & 0x7FFF)
+        # The bits of NaN are above those of infinity.
+        values[index] = sign | (magnitude if magnitude > infinity else min(magnitude, most))
 
 
 def _cut_floats(values: Any, limit: Any) -> None:
