@@ -9,8 +9,9 @@ from typing import Any
 from speed_models import Subject
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
+import tamegrad.torch
 from tamegrad import Clip, ClipValue
-from tamegrad.torch import GradientNormalizer
+from tamegrad.torch import GradientNormalizer, normalize_grad_
 
 __all__ = [
     "FOREACH",
@@ -31,12 +32,14 @@ __all__ = [
 # Thresholds on norms and on values: above every gradient, and below every gradient.
 HUGE, TINY = 1e9, 1e-6
 
-PER_LAYER, REPORTED, PLAIN, PER_TYPE, GLOBAL, PER_VALUE = (
+PER_LAYER, REPORTED, PLAIN, PER_TYPE, GLOBAL, IMPORTED, ONCE, PER_VALUE = (
     'tamegrad `Clip(per="layer")`',
     'tamegrad `Clip(per="layer")`, report read',
     'tamegrad `Clip(per="layer")`, without Numba',
     'tamegrad `Clip(per="param_type")`',
     'tamegrad `Clip(per="model")`',
+    "tamegrad `clip_grad_norm_`",
+    'tamegrad `normalize_grad_`, `Clip(per="model")`, planned in every call',
     "tamegrad `ClipValue`",
 )
 LOOP, WHOLE, FOREACH = (
@@ -120,11 +123,14 @@ def _tamegrad(subject: Subject, threshold: float) -> list[Tool]:
         return read.norms, read.total_norm
 
     plain = GradientNormalizer(subject.model, strategies[PER_LAYER], backend="foreach")
+    parameters, whole = subject.parameters, strategies[GLOBAL]
     return [
         first,
         Tool(REPORTED, report, subject.refill),
         Tool(PLAIN, plain.normalize_, subject.refill),
         *others,
+        Tool(IMPORTED, lambda: tamegrad.torch.clip_grad_norm_(parameters, threshold), subject.refill),
+        Tool(ONCE, lambda: normalize_grad_(subject.model, whole), subject.refill),
     ]
 
 

@@ -317,7 +317,12 @@ def test_everything_in_a_report_is_read_at_once(monkeypatch: pytest.MonkeyPatch)
     report = normalize_grad_(two_layers([3.0, 4.0], [math.nan, 0.5]), Clip(1.0))
     transfers: list[Tensor] = []
     original: Callable[[Tensor], Any] = Tensor.tolist
-    monkeypatch.setattr(Tensor, "tolist", lambda tensor: transfers.append(tensor) or original(tensor))
+
+    def counted(tensor: Tensor) -> object:
+        transfers.append(tensor)
+        return original(tensor)
+
+    monkeypatch.setattr(Tensor, "tolist", counted)
     reads: list[Callable[[], object]] = [report.rows, report.as_scalars, report.on_host, lambda: str(report)]
     for number, read in enumerate(reads, start=1):
         read()

@@ -15,10 +15,13 @@ except ModuleNotFoundError as error:
 from tamegrad.torch.attach import AttachedNormalizer, attach
 from tamegrad.torch.clip_grad import clip_grad_norm_, clip_grad_value_
 from tamegrad.torch.normalizer import GradientNormalizer, normalize_grad_
+from tamegrad.torch.summary import GroupSummary, Summary
 
 __all__ = [
     "AttachedNormalizer",
     "GradientNormalizer",
+    "GroupSummary",
+    "Summary",
     "attach",
     "clip_grad_norm_",
     "clip_grad_value_",

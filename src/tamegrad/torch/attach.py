@@ -174,7 +174,11 @@ class AttachedNormalizer:
             SettingError: If it is something else; then nothing changes.
         """
         self._normalizer.load_state_dict(state)
-        self._steps_before += state["steps"] - self.steps
+        if self._hooks is None:
+            self._steps_before = state["steps"]
+        else:
+            # What is logged is numbered by the hooks.
+            self._hooks.steps, self._steps_before = state["steps"], 0
 
     def detach(self) -> None:
         """Removes the normalizer from the optimizer; its report stays. Detaching twice is not an error."""

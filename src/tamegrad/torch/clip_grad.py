@@ -171,9 +171,8 @@ class _Prepared:
         first = {id(parameter): position for position, parameter in reversed(list(enumerate(given)))}
         kept = sorted(first.values())
         names = [_name(position) for position in kept]
-        # Each is a layer of its own, so that a limit on elements is decided on for each of them.
-        # Any tensors will do.
         parameters: Any = tuple(given[position] for position in kept)
+        # Each is a layer of its own, so that a limit on elements is decided on for each of them.
         layers = ModelLayers(
             tuple(Layer(name, (Parameter(name, "values"),)) for name in names),
             tuple((parameter,) for parameter in parameters),

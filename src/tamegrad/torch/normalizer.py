@@ -49,11 +49,16 @@ class GradientNormalizer:
             stages, as do `total_norm` and what `on_nonfinite="skip"` and `"raise"` look at, and an override may match
             layers of one stage alone.
 
+            sinks: Where reports are written to, every `log_every` steps (50 if not given): those of
+            `tamegrad.integrations`, or objects of your own with a method `write(step, report)`. Rank 0 writes, and
+            reads the device once for it. A sink that raises `OSError` is left out from then on, with a warning.
+
     If parameters are DTensors, every rank has to make its normalizer, and call it, when the others do: making compares
     the plans of the ranks, and every step adds up the norms in one all-reduce. A plain tensor beside DTensors has to be
     the same on all of their ranks.
 
-    A copy (`copy.deepcopy`, pickle) works on its own copy of the model. Several threads may share a normalizer.
+    A copy (`copy.deepcopy`, pickle) works on its own copy of the model, and has no sinks. Several threads may share a
+    normalizer.
 
     Attributes:
         settings: What was set.
@@ -151,6 +156,7 @@ class GradientNormalizer:
         report = self._normalize()
         for parameter in self._left_out(report):
             parameter.grad = None
+        self.settings.log.after_step(self.steps, report)
         return report
 
     def state_dict(self) -> dict[str, Any]:
@@ -257,8 +263,8 @@ def normalize_grad_(
         What was done.
 
     Raises:
-        SettingError: As `GradientNormalizer` does, and if a threshold stands beside a strategy or a policy, or a
-            dictionary holds gradients beside something else. No gradient was changed.
+        SettingError: As `GradientNormalizer` does, for sinks, and if a threshold stands beside a strategy or a policy, or
+            a dictionary holds gradients beside something else. No gradient was changed.
         UnmatchedError: As `GradientNormalizer` does.
         NonFiniteGradientError: As `GradientNormalizer.normalize_` does.
 
@@ -285,6 +291,13 @@ def normalize_grad_(
                 advice="leave threshold= out, or build the strategy with it: Clip(threshold)",
             )
         policy = policy(threshold)
+    if settings.get("sinks"):
+        raise SettingError(
+            "normalize_grad_(sinks)",
+            got=repr(settings["sinks"]),
+            allowed="no sinks: there is one step, whose report is returned",
+            advice="pass sinks= to GradientNormalizer or attach",
+        )
     given = GradientDictionary.of(model)
     if given is None:
         return GradientNormalizer(model, policy, **settings).normalize_()

@@ -1,13 +1,14 @@
 """What a user sets, checked once and passed on as one value."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
 
 from tamegrad.errors import SettingError, closest, quoted
 from tamegrad.policy import Overrides, Policy, as_policy
 from tamegrad.strategies import OnNonfinite, check_on_nonfinite
 from tamegrad.torch.sharded.distributed import check_process_groups
+from tamegrad.torch.step_log import Sink, StepLog
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -25,6 +26,8 @@ class Keywords(TypedDict, total=False):
     on_nonfinite: OnNonfinite
     backend: BackendName
     process_groups: Sequence["ProcessGroup"]
+    sinks: Sequence[Sink]
+    log_every: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +43,18 @@ class Settings:
     on_nonfinite: OnNonfinite = "keep"
     backend: BackendName = "auto"
     process_groups: Sequence["ProcessGroup"] = ()
+    log: StepLog = field(default_factory=StepLog)
 
     @classmethod
-    def of(cls, policy: object, *, overrides: Overrides | None = None, **others: Any) -> "Settings":  # noqa: ANN401
+    def of(
+        cls,
+        policy: object,
+        *,
+        overrides: Overrides | None = None,
+        sinks: Sequence[Sink] = (),
+        log_every: int = 50,
+        **others: Any,  # noqa: ANN401
+    ) -> "Settings":
         """Returns the settings that a user passed to a front door: a policy, or what it is made from, and keywords.
 
         Raises:
@@ -56,7 +68,7 @@ class Settings:
                 f"got an unexpected keyword argument {unknown!r}; allowed: {', '.join(known)}; "
                 f"closest: {quoted(closest(unknown, known, most=1))}"
             )
-        return cls(as_policy(policy, overrides, "policy"), **others)
+        return cls(as_policy(policy, overrides, "policy"), log=StepLog(sinks, log_every), **others)
 
     def with_policy(self, policy: object) -> "Settings":
         """Returns the same settings with another policy, or a strategy.

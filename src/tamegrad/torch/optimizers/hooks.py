@@ -146,6 +146,7 @@ class StepHooks:
                 allowed='"innermost" for optimizers that call another step in each of their steps',
                 advice='pass normalize="outermost"',
             )
+        self._normalizer.settings.log.after_step(self.steps, self.report)
 
     def _begins_round(self, optimizer: Optimizer) -> bool:
         return not self._stepped or self._numbers[optimizer] in self._stepped
