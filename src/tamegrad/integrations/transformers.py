@@ -1,4 +1,4 @@
-"""For the Trainer of Transformers, and those of TRL: normalizes where it would clip, and puts the norms into its logs."""
+"""For the Trainer of Transformers, and those of TRL: normalizes where it would clip, and logs the norms."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -33,8 +33,8 @@ def normalize_gradients(
 ) -> "NormalizeGradients":
     """Makes a trainer normalize gradients before each of its steps, instead of clipping them.
 
-    Call it before `trainer.train()`. While it trains, the trainer's own clipping only measures, whatever `max_grad_norm`
-    is, so that `grad_norm` stays in the logs. What is logged every `logging_steps` gets the numbers of
+    Call it before `trainer.train()`. While it trains, the trainer's own clipping only measures, whatever
+    `max_grad_norm` is, so that `grad_norm` stays in the logs. What is logged every `logging_steps` gets the numbers of
     `Report.as_scalars`, which so reach `trainer.state.log_history`, TensorBoard, W&B and others; they are not printed.
 
     Every `train()` attaches anew, to the optimizer that it uses. With `resume_from_checkpoint`, the counters go on.
