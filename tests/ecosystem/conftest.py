@@ -28,6 +28,7 @@ with warnings.catch_warnings():
         "torch.distributed.optim",
         "torch_optimizer",
         "transformers",
+        "trl",
     ):
         importlib.import_module(library)
 
@@ -40,6 +41,8 @@ FOREIGN_WARNINGS = [
     "ignore:Full backward hook is firing when gradients:UserWarning",
     # PEFT asks for a property of Transformers by its old name.
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
+    # TRL sets an argument of Transformers by its old name.
+    "ignore:`gradient_checkpointing` is deprecated:FutureWarning",
     # Lightning asks PyTorch's tree specifications in a way that PyTorch has deprecated.
     "ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated:FutureWarning",
 ]

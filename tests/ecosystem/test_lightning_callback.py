@@ -64,7 +64,7 @@ def loader(count: int = STEPS) -> Any:
 
 def scaler(library: Any) -> Any:
     """A loss scale without float16, which on the CPU is something else in every trainer."""
-    precision = importlib.import_module(f"{library.__name__}.plugins.precision").MixedPrecision
+    precision: Any = importlib.import_module(f"{library.__name__}.plugins.precision").MixedPrecision
 
     class Scaled(precision):  # type: ignore[misc]
         @contextlib.contextmanager
@@ -162,16 +162,18 @@ def a_gan(library: Any) -> Any:
         def configure_optimizers(self) -> Any:
             return an_optimizer(self.generator), an_optimizer(self.critic)
 
+        def generator_loss(self, batch: Tensor) -> Any:
+            return 100 * self.critic(self.generator(batch)).square().mean()
+
+        def critic_loss(self, batch: Tensor) -> Any:
+            return 100 * (self.critic(batch) - self.critic(self.generator(batch))).square().mean()
+
         def training_step(self, batch: Tensor, _: int) -> None:
-            generating, judging = self.optimizers()
-            with generating.toggle_model():
-                generating.zero_grad()
-                self.manual_backward(100 * self.critic(self.generator(batch)).square().mean())
-                generating.step()
-            with judging.toggle_model():
-                judging.zero_grad()
-                self.manual_backward(100 * (self.critic(batch) - self.critic(self.generator(batch))).square().mean())
-                judging.step()
+            for optimizer, loss in zip(self.optimizers(), (self.generator_loss, self.critic_loss), strict=True):
+                with optimizer.toggle_model():
+                    optimizer.zero_grad()
+                    self.manual_backward(loss(batch))
+                    optimizer.step()
 
     return Gan()
 
@@ -183,14 +185,14 @@ class TestSeveralOptimizers:
         by_hand = a_gan(library)
         generating, judging = by_hand.configure_optimizers()
         for batch in batches(STEPS):
-            for optimizer, part, policy, loss in (
-                (generating, by_hand.generator, Clip(0.5), lambda g, c, x: c(g(x)).square()),
-                (judging, by_hand.critic, Clip(0.01), lambda g, c, x: (c(x) - c(g(x))).square()),
-            ):
-                by_hand.zero_grad()
-                (100 * loss(by_hand.generator, by_hand.critic, batch).mean()).backward()
-                normalize_by_reference(part, policy)
-                optimizer.step()
+            by_hand.zero_grad()
+            by_hand.generator_loss(batch).backward()
+            normalize_by_reference(by_hand.generator, Clip(0.5))
+            generating.step()
+            by_hand.zero_grad()
+            by_hand.critic_loss(batch).backward()
+            normalize_by_reference(by_hand.critic, Clip(0.01))
+            judging.step()
         check_same(gan, by_hand)
         assert [normalizer.steps for normalizer in callback.normalizers] == [STEPS, STEPS]
         assert [normalizer.plan.groups[0].name for normalizer in callback.normalizers] == ["generator", "critic"]
@@ -198,9 +200,12 @@ class TestSeveralOptimizers:
     def test_one_strategy_is_for_all(self, library: Any) -> None:
         callback = NormalizeGradients(POLICY)
         a_trainer(library, callback).fit(a_gan(library), loader())
-        assert [str(normalizer.policy) for normalizer in callback.normalizers] == [
-            str(callback.normalizers[0].policy)
-        ] * 2
+        assert [normalizer.plan.groups[0].strategy for normalizer in callback.normalizers] == [POLICY, POLICY]
+
+    def test_a_policy_for_all_may_name_layers_of_each(self, library: Any) -> None:
+        callback = NormalizeGradients(POLICY, overrides={"generator": Keep(), "critic": Clip(0.5)})
+        a_trainer(library, callback).fit(a_gan(library), loader())
+        assert [normalizer.plan.groups[0].strategy for normalizer in callback.normalizers] == [Keep(), Clip(0.5)]
 
     def test_a_list_of_another_length_is_refused(self, library: Any) -> None:
         gan = a_gan(library)
@@ -277,7 +282,7 @@ class TestOtherCallbacks:
         assert callback.normalizers[0].report["net.0"].norm_after == pytest.approx(0.01)  # type: ignore[index]
 
     def test_finetuning(self, library: Any) -> None:
-        base = importlib.import_module(f"{library.__name__}.callbacks").BaseFinetuning
+        base: Any = importlib.import_module(f"{library.__name__}.callbacks").BaseFinetuning
 
         class Finetuning(base):  # type: ignore[misc]
             def freeze_before_training(self, pl_module: Any) -> None:

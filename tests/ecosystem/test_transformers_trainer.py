@@ -9,8 +9,11 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import AutocastKwargs, FullyShardedDataParallelPlugin
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
 from transformers import IntervalStrategy, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 
 from support.ecosystem import POLICY, a_model
 from support.trainers import STEPS, an_optimizer, batches, check_same, mean_loss, train_by_hand
@@ -126,7 +129,7 @@ class TestParametersAreThoseOfALoopByHand:
 
     @pytest.mark.parametrize("restore", [False, True])
     def test_resume(self, tmp_path: Path, *, restore: bool) -> None:
-        saving = {"save_strategy": "steps", "save_steps": STEPS // 2}
+        saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": STEPS // 2}
         settings = saving | {"restore_callback_states_from_checkpoint": restore}
         first = a_trainer(tmp_path, max_steps=STEPS // 2, **settings)
         normalize_gradients(first, POLICY)
@@ -141,7 +144,7 @@ class TestParametersAreThoseOfALoopByHand:
         assert saved["stateful_callbacks"]["NormalizerCounters"]["attributes"]["counters"]["steps"] == STEPS
 
     def test_resume_from_a_checkpoint_that_was_made_without_it(self, tmp_path: Path) -> None:
-        saving = {"save_strategy": "steps", "save_steps": STEPS // 2}
+        saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": STEPS // 2}
         a_trainer(tmp_path, max_steps=STEPS // 2, **saving).train()
         second = a_trainer(tmp_path, **saving)
         callback = normalize_gradients(second, POLICY)
@@ -175,7 +178,7 @@ class TestParametersAreThoseOfALoopByHand:
         rows = torch.cat(batches(STEPS))
         size = trainer._train_batch_size
         assert size <= 4
-        check_same(trainer.model.net, train_by_hand(a_model(), list(rows.split(size))[:STEPS]))
+        check_same(trainer.model.net, train_by_hand(a_model(), list(torch.split(rows, size))[:STEPS]))
         assert callback.normalizer is not None
         assert callback.normalizer.steps == STEPS
 
@@ -207,15 +210,11 @@ class TestLogs:
         assert "grad/" not in printed
 
     def test_they_reach_tensorboard(self, tmp_path: Path) -> None:
-        accumulator: Any = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-        from torch.utils.tensorboard import SummaryWriter
-        from transformers.integrations import TensorBoardCallback
-
         writer = SummaryWriter(tmp_path / "runs")
         trainer = a_trainer(tmp_path, logging_steps=5, callbacks=[TensorBoardCallback(writer)])
         normalize_gradients(trainer, POLICY)
         trainer.train()
-        events = accumulator.EventAccumulator(str(tmp_path / "runs"))
+        events = EventAccumulator(str(tmp_path / "runs"))
         events.Reload()
         assert [event.step for event in events.Scalars("train/grad/norm/net.0")] == [5, 10]
 

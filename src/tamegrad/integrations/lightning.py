@@ -76,7 +76,9 @@ class NormalizeGradients:
 
     def __new__(cls, *_: object, **__: object) -> Self:
         """Makes it a callback of what is imported."""
-        return super().__new__(_as_callback(cls, _callback_classes()))
+        declared: Any = cls
+        made: Self = super().__new__(_as_callback(declared, _callback_classes()))
+        return made
 
     def __init__(
         self, policy: object, *, normalize: NormalizedStep | None = None, **settings: Unpack[Keywords]
@@ -199,7 +201,7 @@ class _ForLoggers:
         return scalars
 
 
-def _new(cls: type) -> Any:  # noqa: ANN401  as __new__ does
+def _new(cls: Any) -> Any:  # noqa: ANN401  a class, and what it makes
     """Makes a callback that has no attributes yet."""
     return cls.__new__(cls)
 
