@@ -3,7 +3,7 @@
 Warnings are errors here too, but for those that a library causes by itself.
 """
 
-import importlib
+import importlib.util
 import os
 import warnings
 
@@ -30,7 +30,9 @@ with warnings.catch_warnings():
         "transformers",
         "trl",
     ):
-        importlib.import_module(library)
+        # The older Transformers are tested without the other libraries.
+        if importlib.util.find_spec(library.partition(".")[0]) is not None:
+            importlib.import_module(library)
 
 FOREIGN_WARNINGS = [
     # Second-order optimizers need the graph of the gradients.
@@ -43,6 +45,10 @@ FOREIGN_WARNINGS = [
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
     # TRL sets an argument of Transformers by its old name.
     "ignore:`gradient_checkpointing` is deprecated:FutureWarning",
+    # Older versions of Transformers and Accelerate use what PyTorch and NumPy have renamed, and load their own pickles.
+    "ignore:numpy.core is deprecated:DeprecationWarning",
+    "ignore:`torch.cpu.amp.autocast\\(args...\\)` is deprecated:FutureWarning",
+    "ignore:Environment variable TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD detected:UserWarning",
     # Lightning asks PyTorch's tree specifications in a way that PyTorch has deprecated.
     "ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated:FutureWarning",
 ]

@@ -273,6 +273,16 @@ class TestAttachesAndDetaches:
 
 
 class TestOtherCallbacks:
+    def test_searching_for_a_learning_rate_leaves_it_out_and_puts_it_back(self, library: Any, tmp_path: Path) -> None:
+        tuner = importlib.import_module(f"{library.__name__}.tuner").Tuner
+        module, callback = a_module(library), NormalizeGradients(POLICY)
+        module.lr = 0.1
+        trainer = a_trainer(library, callback, default_root_dir=tmp_path)
+        tuner(trainer).lr_find(module, loader(), num_training=3, update_attr=False)
+        assert callback.normalizers == []
+        trainer.fit(module, loader())
+        check_same(module.net, train_by_hand(a_model(), batches(STEPS)))
+
     def test_weight_averaging(self, library: Any) -> None:
         averaging = importlib.import_module(f"{library.__name__}.callbacks").StochasticWeightAveraging
         module, callback = a_module(library), NormalizeGradients(POLICY)

@@ -67,8 +67,9 @@ class NormalizeGradients:
         ...     def configure_optimizers(self):
         ...         return torch.optim.SGD(self.parameters(), lr=0.1)
         >>> callback = NormalizeGradients(Clip(1.0))
-        >>> quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False)
-        >>> trainer = lightning.Trainer(accelerator="cpu", max_steps=3, callbacks=[callback], **quiet)
+        >>> names = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+        >>> off = dict.fromkeys(names, False)
+        >>> trainer = lightning.Trainer(accelerator="cpu", max_steps=3, callbacks=[callback], **off)
         >>> trainer.fit(Module(), torch.utils.data.DataLoader(torch.ones(8, 4)))
         >>> callback.normalizers[0].steps, callback.normalizers[0].report["out"].norm_after
         (3, 1.0)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Unpack
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from tamegrad.errors import SettingError
 from tamegrad.integrations.required import require_one_of
@@ -173,11 +173,13 @@ class NormalizeGradients(TrainerCallback):  # type: ignore[misc]  # its type is 
             norm = clip_grad_norm_(parameters, math.inf, norm_type)
             return norm if mesh_of(norm) is None else local_part(norm)
 
+        def measure_model(model: nn.Module, max_norm: float) -> Tensor:
+            return measure(model.parameters(), max_norm)
+
         self._replace(accelerator, "clip_grad_norm_", measure)
         # Newer trainers do it themselves where parameters are sharded over several meshes.
         if hasattr(self._trainer, "_mixed_mesh_grad_norm"):
-            by_model: Callable[..., Tensor] = lambda model, max_norm: measure(model.parameters(), max_norm)  # noqa: E731
-            self._replace(self._trainer, "_mixed_mesh_grad_norm", by_model)
+            self._replace(self._trainer, "_mixed_mesh_grad_norm", measure_model)
 
     def _replace(self, owner: Any, name: str, function: Callable[..., object]) -> None:  # noqa: ANN401
         """Replaces a method of one object until the training ends."""
