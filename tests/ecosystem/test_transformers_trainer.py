@@ -218,12 +218,14 @@ class TestLogs:
         events.Reload()
         assert [event.step for event in events.Scalars("train/grad/norm/net.0")] == [5, 10]
 
-    def test_a_layer_that_is_not_finite_spoils_no_other(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
+    def test_a_layer_that_is_not_finite_spoils_no_other(self, tmp_path: Path, max_grad_norm: float) -> None:
         class Spoiling(TrainerCallback):  # type: ignore[misc]
             def on_step_begin(self, *_: Any, model: Any, **__: Any) -> None:
                 model.net[0].weight.register_hook(lambda gradient: gradient * torch.inf)
 
-        trainer = a_trainer(tmp_path, max_steps=1, logging_steps=1, callbacks=[Spoiling()])
+        settings: dict[str, Any] = {"max_grad_norm": max_grad_norm, "max_steps": 1, "logging_steps": 1}
+        trainer = a_trainer(tmp_path, callbacks=[Spoiling()], **settings)
         callback = normalize_gradients(trainer, POLICY, on_nonfinite="zero")
         trainer.train()
         assert callback.normalizer is not None
@@ -232,6 +234,7 @@ class TestLogs:
         entry = trainer.state.log_history[0]
         assert entry["grad/nonfinite"] == 1
         assert "grad/norm/net.0" not in entry
+        assert entry["grad/norm/net.2"] > 0.01
 
 
 class TestTheTrainerIsAsBeforeAfterwards:
