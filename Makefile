@@ -18,8 +18,10 @@ test-long: .venv/test  ## the property tests with 20,000 examples a backend, and
 test-oldest: .venv-oldest/test  ## everything with the oldest versions that pyproject.toml allows; downloads gigabytes
 	.venv-oldest/bin/python -m pytest
 
-test-ecosystem: .venv-ecosystem/test  ## with Accelerate, Lightning, timm, PEFT and others, a minute; downloads gigabytes
+test-ecosystem: .venv-ecosystem/test .venv-ecosystem-older/test  ## with other libraries, minutes; downloads gigabytes
 	.venv-ecosystem/bin/python -m pytest tests/ecosystem
+	TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 .venv-ecosystem-older/bin/python -m pytest \
+		tests/ecosystem/test_transformers_trainer.py
 
 bench: .venv/bench  ## tamegrad's speed beside other tools', about ten minutes; refuses if the contract suite is red
 	$(BIN)/python benchmarks/speed.py --write docs/speed.md
@@ -46,7 +48,7 @@ types: .venv/test
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv .venv-oldest .venv-ecosystem .venv-dist dist
+	rm -rf .venv .venv-oldest .venv-ecosystem .venv-ecosystem-older .venv-dist dist
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -83,4 +85,11 @@ clean:
 .venv-dist/build: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-dist
 	.venv-dist/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt build
+	touch $@
+
+# Transformers of 2024, which loads its own checkpoints only if PyTorch is told to trust them.
+.venv-ecosystem-older/test: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-ecosystem-older
+	.venv-ecosystem-older/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt \
+		--editable '.[torch,cpu]' transformers==4.46.3 accelerate==1.1.1 tensorboard hypothesis pytest pytest-timeout
 	touch $@

@@ -3,7 +3,7 @@
 Warnings are errors here too, but for those that a library causes by itself.
 """
 
-import importlib
+import importlib.util
 import os
 import warnings
 
@@ -28,8 +28,11 @@ with warnings.catch_warnings():
         "torch.distributed.optim",
         "torch_optimizer",
         "transformers",
+        "trl",
     ):
-        importlib.import_module(library)
+        # The older Transformers are tested without the other libraries.
+        if importlib.util.find_spec(library.partition(".")[0]) is not None:
+            importlib.import_module(library)
 
 FOREIGN_WARNINGS = [
     # Second-order optimizers need the graph of the gradients.
@@ -40,6 +43,12 @@ FOREIGN_WARNINGS = [
     "ignore:Full backward hook is firing when gradients:UserWarning",
     # PEFT asks for a property of Transformers by its old name.
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
+    # TRL sets an argument of Transformers by its old name.
+    "ignore:`gradient_checkpointing` is deprecated:FutureWarning",
+    # Older versions of Transformers and Accelerate use what PyTorch and NumPy have renamed, and load their own pickles.
+    "ignore:numpy.core is deprecated:DeprecationWarning",
+    "ignore:`torch.cpu.amp.autocast\\(args...\\)` is deprecated:FutureWarning",
+    "ignore:Environment variable TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD detected:UserWarning",
     # Lightning asks PyTorch's tree specifications in a way that PyTorch has deprecated.
     "ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated:FutureWarning",
 ]

@@ -42,7 +42,11 @@ def by_reference(gradients: Gradients, policy: object = POLICY) -> Gradients:
         layer, _, param_type = name.rpartition(".")
         layers.setdefault(layer, {})[param_type] = gradient
     after, _ = normalize(layers, policy)
-    return {f"{layer}.{param_type}": array for layer, types_ in after.items() for param_type, array in types_.items()}
+    return {
+        f"{layer}.{param_type}" if layer else param_type: array
+        for layer, types_ in after.items()
+        for param_type, array in types_.items()
+    }
 
 
 class Recorder:
