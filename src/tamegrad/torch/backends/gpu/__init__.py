@@ -27,7 +27,8 @@ from tamegrad.strategies import OnNonfinite
 from tamegrad.torch.backends.base import Backend, on_device
 from tamegrad.torch.backends.gpu.decide import NUMBERS, decide_groups, target_bounds
 from tamegrad.torch.backends.gpu.kernels import INTERPRETED, add_chunks, apply_chunk, measure_chunk, peak_chunk
-from tamegrad.torch.backends.gpu.layout import BLOCK, CHUNK, Layout, facts_of, is_aligned, refuse_capture
+from tamegrad.torch.backends.gpu.layout import BLOCK, CHUNK, Layout, facts_of, is_aligned
+from tamegrad.torch.backends.kept import refuse_capture
 from tamegrad.torch.gradients import Gradients
 from tamegrad.torch.memory import Memory
 
@@ -103,6 +104,7 @@ class GpuBackend(Backend):
         loss_scale: Tensor | None,
         total: Tensor | None,
         peaks: Tensor | None = None,
+        middle_only: bool = False,
     ) -> Decision[Any]:
         """Decides on every group: in one launch if all strategies are built in, else by plain operations.
 
@@ -117,6 +119,7 @@ class GpuBackend(Backend):
                 loss_scale=loss_scale,
                 total=total,
                 peaks=peaks,
+                middle_only=middle_only,
             )
         device, groups = table.device, len(table)
         if device not in self._bounds_on:

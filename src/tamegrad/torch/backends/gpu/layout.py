@@ -5,11 +5,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tamegrad.errors import SettingError
-from tamegrad.torch.backends.base import is_capturing
+from tamegrad.torch.backends.kept import is_capturing, refuse_capture
 from tamegrad.torch.memory import PARTS, Memory
 
-__all__ = ["BLOCK", "CHUNK", "Layout", "facts_of", "is_aligned", "refuse_capture"]
+__all__ = ["BLOCK", "CHUNK", "Layout", "facts_of", "is_aligned"]
 
 # Not tuned on a device. With Triton's default of four warps a block is eight values a thread, few enough to keep three
 # float64 sums of each in registers. With chunks of 16 blocks a hundred million values make thousands of programs, and
@@ -112,24 +111,6 @@ def facts_of(memory: Memory, group_of: NDArray[np.int64], counted: NDArray[np.bo
 def is_aligned(addresses: NDArray[np.int64]) -> bool:
     """Returns whether every address allows the widest loads."""
     return not (addresses % ALIGNMENT).any()
-
-
-def refuse_capture(what: str) -> None:
-    """Refuses, while a CUDA graph is captured, what needs tables that are not on the device yet.
-
-    Args:
-        what: What was tried, for the message.
-
-    Raises:
-        SettingError: If a graph is being captured.
-    """
-    if is_capturing():
-        raise SettingError(
-            'backend="gpu"',
-            got=f"{what}, while a CUDA graph is captured",
-            allowed="a capture after a step outside of it, with gradients of the same shapes and dtypes",
-            advice="run a few steps before the capture, as torch.cuda.graph asks for anyway",
-        )
 
 
 def _chunks(gradients: Tensor, counts: Tensor) -> Tensor:
