@@ -11,9 +11,9 @@ from tamegrad.errors import NonFiniteGradientError, SettingError
 from tamegrad.report import Report
 from tamegrad.strategies import OnNonfinite
 from tamegrad.torch.backends import BACKENDS, Backend, SelectedBackend, is_capturing, select
-from tamegrad.torch.backends.base import NARROW, NARROW_DTYPES
-from tamegrad.torch.backends.tensorwise import count_nonfinite
+from tamegrad.torch.backends.tensorwise import SMALLEST_LIMIT, count_nonfinite
 from tamegrad.torch.gradients import Gradients, collect
+from tamegrad.torch.memory import NARROW, NARROW_DTYPES
 from tamegrad.torch.model.planning import PlannedModel
 from tamegrad.torch.settings import Settings
 from tamegrad.torch.sharded.agreement import describe_policy
@@ -23,9 +23,6 @@ __all__ = ["Step"]
 
 # What to do with non-finite gradients is up to the host in these cases, which reads the device for it.
 _READ_BY_THE_HOST = frozenset[OnNonfinite]({"skip_group", "skip", "raise"})
-
-# The squares of limits above this one are in the middle range of float64, with any loss scale.
-SMALLEST_LIMIT = 2.0**-300
 
 
 class Step:

@@ -23,11 +23,8 @@ from tamegrad.torch.backends.tensorwise import as_real
 from tamegrad.torch.gradients import Gradients
 from tamegrad.torch.memory import DTYPES
 
-__all__ = ["LARGEST", "NARROW", "NARROW_DTYPES", "STRETCH", "Backend", "on_device"]
+__all__ = ["LARGEST", "STRETCH", "Backend", "on_device"]
 
-# The dtypes whose squares all fit the middle range of float64, and which of `DTYPES` they are.
-NARROW_DTYPES = frozenset(DTYPES) - {torch.float64, torch.complex128}
-NARROW = np.array([dtype in NARROW_DTYPES for dtype in DTYPES])
 # `(DTYPES,)`: magnitudes up to which no element overflows when float64 is rounded to its dtype.
 _MAX = np.array([torch.finfo(dtype).max for dtype in DTYPES])
 LARGEST = np.where(sys.float_info.max == _MAX, _MAX * FULL, _MAX)

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tamegrad.decide import AFTER, BEFORE, COLUMNS, CUT, NONFINITE, Decision, Rules
-from tamegrad.torch.backends.base import NARROW, on_device
+from tamegrad.torch.backends.base import on_device
 from tamegrad.torch.backends.foreach.part import Part
 from tamegrad.torch.backends.kept import Kept, uploaded
-from tamegrad.torch.backends.tensorwise import as_real, change_, measured
-from tamegrad.torch.memory import DTYPES, PARTS
+from tamegrad.torch.backends.tensorwise import SMALLEST_LIMIT, as_real, change_, measured
+from tamegrad.torch.memory import DTYPES, NARROW, PARTS
 
 __all__ = ["DeviceGradients"]
 
@@ -142,7 +142,9 @@ class _Measuring:
     def __init__(self, part: Part, limits: NDArray[np.float64]) -> None:
         count, device = len(limits), part.device
         is_limited = np.isfinite(limits[part.groups])
-        is_joined = NARROW[part.dtypes] & (_REAL[part.dtypes] | ~is_limited)
+        # The squares of what a smaller limit leaves need three ranges.
+        may_be_limited = _REAL[part.dtypes] & (limits[part.groups] > SMALLEST_LIMIT)
+        is_joined = NARROW[part.dtypes] & (may_be_limited | ~is_limited)
         self.alone = np.flatnonzero(~is_joined).tolist()
         self.buckets = _by_dtype(part, is_joined)
         self.limited = _by_dtype(part, is_joined & is_limited)

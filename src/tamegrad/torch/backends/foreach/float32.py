@@ -70,13 +70,12 @@ class Float32Gradients:
                 row[_MIDDLE_BEFORE] += largest
             elif limit < math.inf and values.is_complex():
                 row += measured(values.to(_HOST), torch.tensor(limit, dtype=torch.float64))
+            elif largest > limit:
+                row[CUT] += 1
+                sums += _squares(as_real(values), largest, [row[_MIDDLE_BEFORE]])
+                sums += _squares(as_real(values), _rounded(limit, torch.float32), [row[_MIDDLE_AFTER]])
             elif largest > 0.0:
                 sums += _squares(as_real(values), largest, [row[_MIDDLE_BEFORE], row[_MIDDLE_AFTER]])
-                if largest > limit:
-                    row[CUT] += 1
-                    held = _rounded(limit, values.dtype)
-                    sums[-1].targets.pop()
-                    sums += _squares(as_real(values).clamp(-held, held), held, [row[_MIDDLE_AFTER]])
         _add_up(sums)
         return table
 
@@ -127,11 +126,12 @@ def _largest(part: Part) -> list[float]:
 
 
 def _squares(real: Tensor, largest: float, targets: list[Tensor]) -> list[_Sum]:
-    """Returns the sums of squares of 1-dim values none of which is larger than `largest`, piece by piece."""
+    """Returns the sums of squares of 1-dim values, cut to `largest`, piece by piece."""
     exponent = math.frexp(largest)[1]
     sums = []
     for piece in pieces_of(real):
-        squares = _shifted(piece.to(torch.float32), -exponent).square_()
+        # A copy, whatever the dtype and the exponent, which can be squared in place.
+        squares = _shifted(piece.to(torch.float32).clamp(-largest, largest), -exponent).square_()
         while len(squares) > FEW:
             half = len(squares) // 2
             added = squares[:half] + squares[half : 2 * half]

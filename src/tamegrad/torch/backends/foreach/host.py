@@ -10,9 +10,10 @@ from torch import Tensor
 
 from tamegrad.decide import BEFORE, COLUMNS, NONFINITE, Decision, Rules
 from tamegrad.torch.backends import tensorwise
-from tamegrad.torch.backends.base import NARROW, on_device
+from tamegrad.torch.backends.base import on_device
 from tamegrad.torch.backends.foreach.part import Part
 from tamegrad.torch.backends.tensorwise import as_real, change_, count_nonfinite, measured, pieces_of
+from tamegrad.torch.memory import NARROW
 
 __all__ = ["HostGradients"]
 
