@@ -17,7 +17,7 @@ from tamegrad import Clip, SettingError
 from tamegrad.decide import Decision
 from tamegrad.strategies import OnNonfinite
 from tamegrad.torch import GradientNormalizer
-from tamegrad.torch.backends import gpu
+from tamegrad.torch.backends import gpu, kept
 from tamegrad.torch.backends.gpu import GpuBackend, layout
 from tamegrad.torch.gradients import Gradients
 from tamegrad.torch.memory import Memory
@@ -164,7 +164,8 @@ class TestCapture:
     @pytest.fixture
     def capturing(self, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         now = [False]
-        monkeypatch.setattr(layout, "is_capturing", lambda: now[0])
+        for module in (kept, layout):
+            monkeypatch.setattr(module, "is_capturing", lambda: now[0])
         return now
 
     def test_the_first_step_is_refused(self, capturing: list[bool]) -> None:

@@ -48,7 +48,7 @@ class Kept(Generic[ValueT]):
         by_stream = self._sets.get((device, *key), {})
         if is_capturing():
             if not by_stream:
-                refuse_capture("a step with gradients of other shapes or dtypes than those before")
+                refuse_capture("a step with gradients of other shapes or dtypes" if self._sets else "the first step")
             value = next(reversed(by_stream.values()))
             if not any(value is held for held in self._captured):
                 self._captured.append(value)

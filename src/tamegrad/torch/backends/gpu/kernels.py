@@ -36,6 +36,10 @@ CUT = tl.constexpr(decide.CUT)
 SMALL_BELOW, BIG_ABOVE = tl.constexpr(decide.SMALL_BELOW), tl.constexpr(decide.BIG_ABOVE)
 SMALL_FACTOR, BIG_FACTOR = tl.constexpr(decide.SMALL_FACTOR), tl.constexpr(decide.BIG_FACTOR)
 INFINITY = tl.constexpr(math.inf)
+# The bytes of a real number of each dtype.
+SIZES = tl.constexpr(tuple(dtype.itemsize // 2 if dtype.is_complex else dtype.itemsize for dtype in DTYPES))
+# The widest loads of a thread need addresses that are multiples of this many bytes.
+WIDEST = tl.constexpr(16)
 LARGEST_ANYWHERE, MAX = tl.constexpr(decide.LARGEST_ANYWHERE), tl.constexpr(sys.float_info.max)
 LARGEST, STRETCH = tl.constexpr(tuple(base.LARGEST.tolist())), tl.constexpr(tuple(base.STRETCH.tolist()))
 
@@ -49,14 +53,13 @@ def measure_chunk(
     loss_scale,
     partial,
     PRESENT: tl.constexpr,
-    ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Writes the sums of one chunk to its row of `partial`.
 
     `limits` and `loss_scale` may be None. The code is specialized for the dtypes of the plan (`PRESENT` has a bit for
-    each) and for addresses that allow the widest loads (`ALIGNED`).
+    each), and for groups with and without a limit, since what a limit takes in registers would slow down all others.
     """
     chunk = tl.program_id(0)
     address, fact, start, stop = _find(addresses, facts, chunks, chunk, CHUNK)
@@ -71,22 +74,24 @@ def measure_chunk(
     for DTYPE in tl.static_range(DTYPE_COUNT):
         if PRESENT >> DTYPE & 1:
             if dtype == DTYPE:
-                values = _pointer(address, DTYPE, ALIGNED)
-                _measure(values, start, stop, limit, row, LIMITED, DTYPE >= COMPLEX64, BLOCK)
+                _measure(address, start, stop, limit, row, DTYPE, LIMITED, BLOCK)
 
 
 @triton.jit
-def add_chunks(partial, ends, table, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """Adds up the rows of one group's chunks, which are contiguous, into the group's row of `table`."""
-    group = tl.program_id(0)
-    first, last = tl.load(ends + group), tl.load(ends + group + 1)
+def add_chunks(partial, spans, table, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Adds up the rows of a span of one group's chunks, or of one group's spans, into a row of `table`.
+
+    `spans` says where they start and end. The order of the sum depends on sizes alone.
+    """
+    group = tl.program_id(0).to(tl.int64)
+    first, last = tl.load(spans + 2 * group), tl.load(spans + 2 * group + 1)
     columns = tl.arange(0, WIDTH)
     sums = tl.zeros((ROWS, WIDTH), tl.float64)
     for begin in range(first, last, ROWS):
         rows = begin + tl.arange(0, ROWS)
         inside = (rows < last)[:, None] & (columns < COLUMNS)[None, :]
         sums += tl.load(partial + rows[:, None] * COLUMNS + columns[None, :], mask=inside, other=0.0)
-    tl.store(table + group.to(tl.int64) * COLUMNS + columns, tl.sum(sums, 0), mask=columns < COLUMNS)
+    tl.store(table + group * COLUMNS + columns, tl.sum(sums, 0), mask=columns < COLUMNS)
 
 
 @triton.jit
@@ -99,7 +104,6 @@ def peak_chunk(
     loss_scale,
     peak_bits,
     PRESENT: tl.constexpr,
-    ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -120,8 +124,8 @@ def peak_chunk(
             if PRESENT >> DTYPE & 1:
                 if dtype == DTYPE:
                     if reach > LARGEST[DTYPE]:
-                        values = _pointer(address, DTYPE, ALIGNED)
-                        peak = _largest(values, start, stop, BLOCK) * STRETCH[DTYPE]
+                        values, shift = _pointer(address, DTYPE, False)
+                        peak = _largest(values, start, stop, shift, BLOCK) * STRETCH[DTYPE]
                         tl.atomic_max(peak_bits + group, tl.minimum(peak, MAX).to(tl.int64, bitcast=True))
 
 
@@ -135,7 +139,6 @@ def apply_chunk(
     limits,
     zeroed,
     PRESENT: tl.constexpr,
-    ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -162,10 +165,12 @@ def apply_chunk(
         for DTYPE in tl.static_range(DTYPE_COUNT):
             if PRESENT >> DTYPE & 1:
                 if dtype == DTYPE:
-                    values = _pointer(address, DTYPE, ALIGNED)
                     # Real factors treat both parts of a complex value alike; only a limit needs to see them together.
                     AS_PAIRS: tl.constexpr = LIMITED and DTYPE >= COMPLEX64
-                    _change_chunk(values, start, stop, first, second, limit, zero, LIMITED, ZEROES, AS_PAIRS, BLOCK)
+                    values, shift = _pointer(address, DTYPE, AS_PAIRS)
+                    _change_chunk(
+                        values, start, stop, shift, first, second, limit, zero, LIMITED, ZEROES, AS_PAIRS, BLOCK
+                    )
 
 
 @triton.jit
@@ -178,48 +183,69 @@ def _find(addresses, facts, chunks, chunk, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _pointer(address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+def _pointer(address, DTYPE: tl.constexpr, AS_PAIRS: tl.constexpr):
+    """Returns a pointer that allows the widest loads, and how many real numbers behind it the tensor starts.
+
+    One gradient that is not aligned, in a bucket of another library, thus takes the same loads as all others: with one
+    more block that is masked. Without the hint Triton loads every value on its own, as it does for pairs anyway.
+    """
+    SIZE_OF: tl.constexpr = SIZES[DTYPE]
+    shift = (address % WIDEST) // SIZE_OF
+    if AS_PAIRS:
+        shift = shift * 0
+    start = address - shift * SIZE_OF
     if DTYPE == FLOAT16:
-        values = address.to(tl.pointer_type(tl.float16))
+        values = start.to(tl.pointer_type(tl.float16))
     elif DTYPE == BFLOAT16:
         # As bits: Triton's interpreter converts subnormals wrongly, and GPUs before 2020 have no bfloat16.
-        values = address.to(tl.pointer_type(tl.int16))
+        values = start.to(tl.pointer_type(tl.int16))
     elif DTYPE == FLOAT32 or DTYPE == COMPLEX64:
-        values = address.to(tl.pointer_type(tl.float32))
+        values = start.to(tl.pointer_type(tl.float32))
     else:
-        values = address.to(tl.pointer_type(tl.float64))
-    # Without this hint Triton loads every value on its own.
-    if ALIGNED:
-        values = tl.multiple_of(values, 16)
-    return values
+        values = start.to(tl.pointer_type(tl.float64))
+    if not AS_PAIRS:
+        values = tl.multiple_of(values, WIDEST)
+    return values, shift
 
 
 @triton.jit
-def _measure(values, start, stop, limit, row, LIMITED: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr):
-    # The branch is the same for all values of a program: each side has a loop of its own, without branches inside.
-    if not LIMITED or limit == INFINITY:
-        total = _sum_chunk(values, start, stop, limit, row, False, False, BLOCK)
+def _blocks(start, stop, shift, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
+    """Returns the range of the blocks of a chunk that are whole, or of those that are not: the first and the last."""
+    high = stop + shift
+    end = start + (high - start) // BLOCK * BLOCK
+    if WHOLE:
+        first, last, step = tl.where(shift > 0, start + BLOCK, start), end, BLOCK
     else:
-        total = _sum_chunk(values, start, stop, limit, row, True, PAIRS, BLOCK)
+        first, last, step = tl.where(shift > 0, start, end), high, tl.maximum(end - start, BLOCK)
+    return tl.multiple_of(first, BLOCK), last, step
+
+
+@triton.jit
+def _measure(address, start, stop, limit, row, DTYPE: tl.constexpr, LIMITED: tl.constexpr, BLOCK: tl.constexpr):
+    AS_PAIRS: tl.constexpr = LIMITED and DTYPE >= COMPLEX64
+    values, shift = _pointer(address, DTYPE, AS_PAIRS)
+    total = _sum_chunk(values, start, stop, shift, limit, row, LIMITED, AS_PAIRS, BLOCK)
     # Sums are finite exactly if all values are. NaN compares false.
     if total < INFINITY:
         _store3(row + NONFINITE, 0.0, 0.0, 0.0)
     else:
-        _count_nonfinite(values, start, stop, row, BLOCK)
+        _count_nonfinite(values, start, stop, shift, row, BLOCK)
 
 
 @triton.jit
-def _sum_chunk(values, start, stop, limit, row, LIMITED: tl.constexpr, AS_PAIRS: tl.constexpr, BLOCK: tl.constexpr):
+def _sum_chunk(
+    values, start, stop, shift, limit, row, LIMITED: tl.constexpr, AS_PAIRS: tl.constexpr, BLOCK: tl.constexpr
+):
     """Stores the sums of squares before and after, and the count of cut values; returns the sum before."""
     LANES: tl.constexpr = BLOCK // 2 if AS_PAIRS else BLOCK
     small, middle, big = tl.zeros((LANES,), tl.float64), tl.zeros((LANES,), tl.float64), tl.zeros((LANES,), tl.float64)
     small_after, middle_after, big_after, cut = small, middle, big, small
     RANGES: tl.constexpr = values.dtype.element_ty == tl.float64
-    whole = start + (stop - start) // BLOCK * BLOCK
-    # Full blocks first, without a mask, which would make Triton load every value on its own; then the remainder.
+    # Whole blocks first, without a mask, which would make Triton load every value on its own; then the others.
     for PART in tl.static_range(2):
-        for begin in range(start if PART == 0 else whole, whole if PART == 0 else stop, BLOCK):
-            real, imaginary = _load(values, begin, stop, AS_PAIRS, PART == 1, BLOCK)
+        first, last, step = _blocks(start, stop, shift, PART == 0, BLOCK)
+        for begin in range(first, last, step):
+            real, imaginary = _load(values, begin, start + shift, stop + shift, AS_PAIRS, PART == 1, BLOCK)
             small, middle, big = _add(real, imaginary, small, middle, big, RANGES, AS_PAIRS)
             if LIMITED:
                 cut += tl.where(_magnitude(real, imaginary, AS_PAIRS) > limit, 1.0, 0.0)
@@ -236,10 +262,10 @@ def _sum_chunk(values, start, stop, limit, row, LIMITED: tl.constexpr, AS_PAIRS:
 
 
 @triton.jit
-def _count_nonfinite(values, start, stop, row, BLOCK: tl.constexpr):
+def _count_nonfinite(values, start, stop, shift, row, BLOCK: tl.constexpr):
     nan, plus, minus = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
-    for begin in range(start, stop, BLOCK):
-        wide, _ = _load(values, begin, stop, False, True, BLOCK)
+    for begin in range(start, stop + shift, BLOCK):
+        wide, _ = _load(values, begin, start + shift, stop + shift, False, True, BLOCK)
         nan += tl.where(wide != wide, 1.0, 0.0)
         plus += tl.where(wide == INFINITY, 1.0, 0.0)
         minus += tl.where(wide == -INFINITY, 1.0, 0.0)
@@ -247,11 +273,11 @@ def _count_nonfinite(values, start, stop, row, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _largest(values, start, stop, BLOCK: tl.constexpr):
+def _largest(values, start, stop, shift, BLOCK: tl.constexpr):
     """Returns the largest magnitude of a chunk's real numbers; what it is for NaN does not matter."""
     largest = tl.zeros((BLOCK,), tl.float64)
-    for begin in range(start, stop, BLOCK):
-        wide, _ = _load(values, begin, stop, False, True, BLOCK)
+    for begin in range(start, stop + shift, BLOCK):
+        wide, _ = _load(values, begin, start + shift, stop + shift, False, True, BLOCK)
         largest = tl.maximum(largest, tl.abs(wide))
     return tl.max(largest)
 
@@ -261,6 +287,7 @@ def _change_chunk(
     values,
     start,
     stop,
+    shift,
     first,
     second,
     limit,
@@ -270,30 +297,38 @@ def _change_chunk(
     AS_PAIRS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    whole = start + (stop - start) // BLOCK * BLOCK
+    WIDE: tl.constexpr = values.dtype.element_ty == tl.float64
+    # What one float64 cannot hold takes the values of other dtypes to zero or infinity anyway.
+    factor = tl.minimum(first * second, MAX)
+    low, high = start + shift, stop + shift
     for PART in tl.static_range(2):
-        for begin in range(start if PART == 0 else whole, whole if PART == 0 else stop, BLOCK):
-            real, imaginary = _load(values, begin, stop, AS_PAIRS, PART == 1, BLOCK)
-            real, imaginary = real * first * second, imaginary * first * second
+        from_block, to_block, step = _blocks(start, stop, shift, PART == 0, BLOCK)
+        for begin in range(from_block, to_block, step):
+            real, imaginary = _load(values, begin, low, high, AS_PAIRS, PART == 1, BLOCK)
+            if WIDE:
+                real, imaginary = real * first * second, imaginary * first * second
+            else:
+                # Consumer GPUs have few units for float64: there every product counts.
+                real, imaginary = real * factor, imaginary * factor
             if LIMITED:
                 real, imaginary = _limited(real, imaginary, limit, AS_PAIRS)
             if ZEROES:
                 # A product with 0 would keep NaN.
                 real, imaginary = tl.where(zero, 0.0, real), tl.where(zero, 0.0, imaginary)
-            _store(values, begin, stop, real, imaginary, AS_PAIRS, PART == 1, BLOCK)
+            _store(values, begin, low, high, real, imaginary, AS_PAIRS, PART == 1, BLOCK)
 
 
 @triton.jit
-def _load(values, begin, stop, AS_PAIRS: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr):
+def _load(values, begin, low, high, AS_PAIRS: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr):
     """Returns a block in float64: real and imaginary parts, or without `AS_PAIRS` the same real numbers twice."""
     if AS_PAIRS:
         offsets = begin + 2 * tl.arange(0, BLOCK // 2)
-        real = _widened(tl.load(values + offsets, mask=offsets < stop, other=0.0))
-        imaginary = _widened(tl.load(values + offsets + 1, mask=offsets < stop, other=0.0))
+        real = _widened(tl.load(values + offsets, mask=(offsets >= low) & (offsets < high), other=0.0))
+        imaginary = _widened(tl.load(values + offsets + 1, mask=(offsets >= low) & (offsets < high), other=0.0))
     else:
         offsets = begin + tl.arange(0, BLOCK)
         if MASKED:
-            real = _widened(tl.load(values + offsets, mask=offsets < stop, other=0.0))
+            real = _widened(tl.load(values + offsets, mask=(offsets >= low) & (offsets < high), other=0.0))
         else:
             real = _widened(tl.load(values + offsets))
         imaginary = real
@@ -301,15 +336,23 @@ def _load(values, begin, stop, AS_PAIRS: tl.constexpr, MASKED: tl.constexpr, BLO
 
 
 @triton.jit
-def _store(values, begin, stop, real, imaginary, AS_PAIRS: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr):
+def _store(
+    values, begin, low, high, real, imaginary, AS_PAIRS: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr
+):
     if AS_PAIRS:
         offsets = begin + 2 * tl.arange(0, BLOCK // 2)
-        tl.store(values + offsets, _narrowed(real, values.dtype.element_ty), mask=offsets < stop)
-        tl.store(values + offsets + 1, _narrowed(imaginary, values.dtype.element_ty), mask=offsets < stop)
+        inside = (offsets >= low) & (offsets < high)
+        tl.store(values + offsets, _narrowed(real, values.dtype.element_ty), mask=inside)
+        tl.store(
+            values + offsets + 1,
+            _narrowed(imaginary, values.dtype.element_ty),
+            mask=inside,
+        )
     else:
         offsets = begin + tl.arange(0, BLOCK)
         if MASKED:
-            tl.store(values + offsets, _narrowed(real, values.dtype.element_ty), mask=offsets < stop)
+            inside = (offsets >= low) & (offsets < high)
+            tl.store(values + offsets, _narrowed(real, values.dtype.element_ty), mask=inside)
         else:
             tl.store(values + offsets, _narrowed(real, values.dtype.element_ty))
 
