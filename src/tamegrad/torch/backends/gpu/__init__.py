@@ -1,12 +1,18 @@
 """The backend for GPUs: Triton kernels over a table of addresses, four launches a step for any number of tensors.
 
 Measuring takes two launches (`measure_chunk`, `add_chunks`), deciding one (`decide_groups`), applying one
-(`apply_chunk`). Where an element may grow past the largest number of its dtype, two more: `peak_chunk`, and
-`decide_groups` again. With gradients on several devices each device measures and applies its own, and the device of the
-first gradient decides for all. The host never waits for a device.
+(`apply_chunk`). If some groups have a limit on elements and others have none, measuring and applying take one more
+each; if a group has more than 67 million values, adding up takes one more. Where an element may grow past the largest
+number of its dtype, two more: `peak_chunk`, and `decide_groups` again. With gradients on several devices each device
+measures and applies its own, and the device of the first gradient decides for all. The host never waits for a device.
+
+Nothing that a kernel is compiled for depends on an address, so a step that ran once compiles nothing when it is
+captured in a CUDA graph. All arithmetic is in float64, of which consumer GPUs do little: pairs of float32 would be
+faster there, but are left until a run on a GPU can show what they are worth.
 
 Checked in Triton's interpreter, which runs the kernels on the CPU, and by compiling them for several GPUs. The kernels
-have not run on a GPU yet, and nothing here has been tuned or timed.
+have not run on a GPU yet, and nothing here has been tuned or timed: `make gpu` does that. Before they are first used on
+a device, `trial` tries them there.
 """
 
 from collections.abc import Iterator, Sequence
