@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: run test test-long test-oldest bench lint types clean
+.PHONY: run test test-long test-oldest bench gpu lint types clean
 
 run: .venv/run  ## the main job: one network under every strategy
 	$(BIN)/tamegrad compare
@@ -19,6 +19,9 @@ test-oldest: .venv-oldest/test  ## everything with the oldest versions that pypr
 
 bench: .venv/bench  ## tamegrad's speed beside other tools', about eight minutes; refuses if the contract suite is red
 	$(BIN)/python benchmarks/speed.py --write docs/speed.md
+
+gpu: .venv/test  ## checks and times everything on one GPU, at most eight minutes; without a GPU a dry run on the CPU
+	PYTHONPATH=src $(BIN)/python benchmarks/gpu.py --write docs/speed-gpu.md
 
 lint: .venv/test
 	$(BIN)/ruff check .
