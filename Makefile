@@ -21,7 +21,7 @@ bench: .venv/bench  ## tamegrad's speed beside other tools', about eight minutes
 	$(BIN)/python benchmarks/speed.py --write docs/speed.md
 
 gpu: .venv/test  ## checks and times everything on one GPU, at most eight minutes; without a GPU a dry run on the CPU
-	PYTHONPATH=src $(BIN)/python benchmarks/gpu.py --write docs/speed-gpu.md
+	$(BIN)/python benchmarks/gpu.py --write docs/speed-gpu.md
 
 lint: .venv/test
 	$(BIN)/ruff check .

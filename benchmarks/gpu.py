@@ -1,9 +1,9 @@
 """Checks and times tamegrad on one GPU, and writes `docs/speed-gpu.md`.
 
     make gpu                                            # or, where nothing but the repository, PyTorch and Triton is:
-    PYTHONPATH=src python benchmarks/gpu.py --write docs/speed-gpu.md
-    PYTHONPATH=src python benchmarks/gpu.py --only correct,graph --budget 120
-    PYTHONPATH=src python benchmarks/gpu.py --dry-run   # tiny sizes on the CPU, Triton interpreted; under two minutes
+    python benchmarks/gpu.py --write docs/speed-gpu.md
+    python benchmarks/gpu.py --only correct,graph --budget 120
+    python benchmarks/gpu.py --dry-run                  # tiny sizes on the CPU, Triton interpreted; under two minutes
 
 Every section runs in a process of its own with a time limit: one that crashes, hangs or loses the GPU loses nothing but
 itself. What it found so far is on disk, one line of JSON each, in `--out`. A short table is printed last. Without a GPU
@@ -77,7 +77,8 @@ def sections(only: str, *, dry: bool) -> list[Section]:
     dtypes = DTYPES[1:2] if dry else DTYPES
     listed = [Section("env", 45)]
     listed += [Section(f"correct:{backend}:{dtype}", 110, beside=True) for backend in BACKENDS for dtype in dtypes]
-    listed += [Section(f"{kind}:{b}", 80, beside=True) for kind in ("graph", "hazard", "fsdp") for b in BACKENDS]
+    topics = ("hazard", "fsdp") if dry else ("graph", "hazard", "fsdp")
+    listed += [Section(f"{topic}:{backend}", 80, beside=True) for topic in topics for backend in BACKENDS]
     listed += [Section(f"launches:{backend}", 45) for backend in BACKENDS]
     listed += [Section(f"time:{model}", 50) for model in (["gpt2"] if dry else TITLES)] + [Section("train", 50)]
     wanted = [name for name in only.split(",") if name]
@@ -96,7 +97,7 @@ def run_section(section: Section, seconds: float, out: Path, *, dry: bool) -> Ou
     path = out / f"{section.name.replace(':', '_')}.jsonl"
     path.unlink(missing_ok=True)
     command = [sys.executable, str(HERE / "gpu_section.py"), section.name, str(path), str(seconds), "--dry-run" * dry]
-    settings = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONUNBUFFERED": "1"}
+    settings = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(HERE.parent / "src")}
     if dry:
         settings["TRITON_INTERPRET"] = "1"
     log, began = path.with_suffix(".log"), time.monotonic()

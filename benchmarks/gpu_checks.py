@@ -84,9 +84,6 @@ def _profile(bench: Bench, tool: str, model: str, step: Callable[[], object]) ->
 
 def graph(bench: Bench, backend: BackendName) -> None:
     """The section: steps that are captured in a CUDA graph and replayed."""
-    if bench.dry:
-        bench.emit("check", backend=backend, topic="CUDA graph", what="everything", result="needs a GPU")
-        return
     for dtype, choice, strategy in itertools.product((torch.float32, torch.bfloat16), CHOICES, STRATEGIES):
         bench.check(
             backend,

@@ -1,6 +1,7 @@
 """The plain backend on devices without float64, as if the CPU were one."""
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from support.gradients import model_with, random_gradients
 from tamegrad import Clip, ClipValue, Renormalize, normalize
 from tamegrad.strategies import OnNonfinite, Strategy
 from tamegrad.torch import GradientNormalizer
-from tamegrad.torch.backends import tensorwise
+from tamegrad.torch.backends import select, tensorwise
 from tamegrad.torch.backends.foreach import ForeachBackend, float32
 from tamegrad.torch.memory import DTYPES
 
@@ -105,13 +106,27 @@ def test_a_group_that_keeps_its_values_is_not_written() -> None:
     assert (kept._version, clipped._version) == (0, 1)
 
 
-def test_a_device_without_float64_is_recognized(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(*_: Any, **__: Any) -> Tensor:
-        raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+@pytest.fixture
+def mps(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A parameter on Apple's GPU, as far as a selection looks, on a machine that has one."""
 
-    device = torch.device("cpu", 0)
+    def refused(*_: Any, device: torch.device, **__: Any) -> Tensor:
+        assert device.type == "mps"
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64.")
+
+    float32.has_float64.cache_clear()
     monkeypatch.setattr(torch, "ones", refused)
-    assert not float32.has_float64.__wrapped__(device)
-    monkeypatch.undo()
-    assert float32.has_float64.__wrapped__(device)
-    assert float32.has_float64.__wrapped__(torch.device("meta"))
+    yield SimpleNamespace(device=torch.device("mps", 0))
+    float32.has_float64.cache_clear()
+
+
+def test_the_backend_says_that_a_device_has_no_float64(mps: Any) -> None:
+    said = "there is no float64 on mps:0: norms are right to 1e-6"
+    assert str(select("auto", [mps])) == f"foreach (the 1 parameters are on mps:0; {said})"
+    assert str(select("foreach", [mps])) == f"foreach (as asked; {said})"
+    assert float32.table_device(mps.device) == torch.device("cpu")
+
+
+def test_other_devices_calculate_in_float64() -> None:
+    for device in ("cpu", "cuda", "meta"):
+        assert float32.has_float64(torch.device(device))

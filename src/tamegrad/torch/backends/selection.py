@@ -11,6 +11,7 @@ from tamegrad.errors import MissingExtraError, SettingError, quoted
 from tamegrad.groups import Plan
 from tamegrad.torch.backends.base import Backend
 from tamegrad.torch.backends.foreach import ForeachBackend
+from tamegrad.torch.backends.foreach.float32 import has_float64
 
 __all__ = ["BACKENDS", "SelectedBackend", "select"]
 
@@ -105,7 +106,7 @@ def select(name: str, parameters: Iterable[Tensor]) -> SelectedBackend:
             allowed="a GPU for which Triton, which needs a C compiler, makes kernels that give right numbers",
             advice='pass backend="foreach", which needs PyTorch alone, or backend="auto"',
         )
-    return SelectedBackend(name, "as asked")
+    return SelectedBackend(name, f"as asked{_without_float64(parameters) if name == 'foreach' else ''}")
 
 
 def _best_for(parameters: list[Tensor]) -> SelectedBackend:
@@ -119,7 +120,7 @@ def _best_for(parameters: list[Tensor]) -> SelectedBackend:
             return SelectedBackend("gpu", where)
         return SelectedBackend("foreach", f"{where}, but the Triton kernels cannot be used: {failure}")
     if devices != ["cpu"]:
-        return SelectedBackend("foreach", where)
+        return SelectedBackend("foreach", where + _without_float64(parameters))
     where = "the only parameter is" if len(parameters) == 1 else f"all {len(parameters)} parameters are"
     problem = _problem_with("cpu")
     if problem is not None:
@@ -133,6 +134,12 @@ def _failed_trial(parameters: Iterable[Tensor]) -> str | None:
     problem_on: Callable[[torch.device], str | None] = import_module(f"{_module('gpu')}.trial").problem_on
     devices = dict.fromkeys(parameter.device for parameter in parameters if parameter.device.type == "cuda")
     return next((f"{problem} (on {device})" for device in devices if (problem := problem_on(device))), None)
+
+
+def _without_float64(parameters: Iterable[Tensor]) -> str:
+    """Returns what there is to say about devices without float64."""
+    devices = sorted({str(one.device) for one in parameters if not has_float64(one.device)})
+    return f"; there is no float64 on {', '.join(devices)}: norms are right to 1e-6" if devices else ""
 
 
 def _problem_with(name: str) -> ImportError | None:
