@@ -122,7 +122,7 @@ def mps(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_the_backend_says_that_a_device_has_no_float64(mps: Any) -> None:
     said = "there is no float64 on mps:0: norms are right to 1e-6"
-    assert str(select("auto", [mps])) == f"foreach (the 1 parameters are on mps:0; {said})"
+    assert str(select("auto", [mps])) == f"foreach (the only parameter is on mps:0; {said})"
     assert str(select("foreach", [mps])) == f"foreach (as asked; {said})"
     assert float32.table_device(mps.device) == torch.device("cpu")
 

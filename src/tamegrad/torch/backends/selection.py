@@ -111,7 +111,8 @@ def select(name: str, parameters: Iterable[Tensor]) -> SelectedBackend:
 
 def _best_for(parameters: list[Tensor]) -> SelectedBackend:
     devices = sorted({str(parameter.device) for parameter in parameters})
-    where = f"the {len(parameters)} parameters are on {', '.join(devices) or 'no device'}"
+    what = "the only parameter is" if len(parameters) == 1 else f"the {len(parameters)} parameters are"
+    where = f"{what} on {', '.join(devices) or 'no device'}"
     if parameters and all(parameter.device.type == "cuda" for parameter in parameters):
         if not AUTO_TAKES_TRITON:
             return SelectedBackend("foreach", f"{where}, and no run on a GPU has confirmed the Triton kernels yet")
