@@ -48,6 +48,8 @@ class Backend(ABC):
         self.counted = np.array(counted, dtype=np.bool_)
         self.group_of: NDArray[np.int64] = np.array(plan.group_of, dtype=np.int64)
         self.rules = Rules.of(plan.groups)
+        changing = [not group.strategy.only_measures for group in plan.groups]
+        self._may_be_rescaled: NDArray[np.bool_] = np.array(changing, dtype=np.bool_)[self.group_of]
         self._rules_on: dict[torch.device, Rules[Tensor]] = {}
         self._peak_groups: Kept[Tensor] = Kept()
 
@@ -163,9 +165,8 @@ class Backend(ABC):
 
     def may_change(self, on_nonfinite: OnNonfinite) -> NDArray[np.bool_]:
         """Returns which gradients may change, as far as the host knows without looking at a decision; `(P,)`."""
-        zeroes = on_nonfinite == "zero"
-        groups = np.array([zeroes or not group.strategy.only_measures for group in self.plan.groups], dtype=np.bool_)
-        return groups[self.group_of]
+        # A group that is not finite is zeroed, whatever its strategy.
+        return np.ones_like(self._may_be_rescaled) if on_nonfinite == "zero" else self._may_be_rescaled
 
     def rules_on(self, device: torch.device) -> Rules[Tensor]:
         """Returns the rules as tensors on a device; they are copied there once."""
