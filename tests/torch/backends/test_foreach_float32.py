@@ -65,7 +65,7 @@ def test_the_contract_to_six_digits(strategy: Strategy, dtype: torch.dtype) -> N
     assert_close(Case.of(gradients), strategy, on_nonfinite)
 
 
-@pytest.mark.parametrize("count", [1, 1023, 1025, 100_003, 1_000_000])
+@pytest.mark.parametrize("count", [1, 1025, 100_003, 300_000])
 @pytest.mark.parametrize("magnitude", [1e-42, 1e-20, 1.0, 1e37])
 @pytest.mark.parametrize("constant", [False, True])
 def test_norms_are_right_to_six_digits(count: int, magnitude: float, *, constant: bool) -> None:

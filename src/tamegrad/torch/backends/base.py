@@ -169,7 +169,10 @@ class Backend(ABC):
         return np.ones_like(self._may_be_rescaled) if on_nonfinite == "zero" else self._may_be_rescaled
 
     def rules_on(self, device: torch.device) -> Rules[Tensor]:
-        """Returns the rules as tensors on a device; they are copied there once."""
+        """Returns the rules as tensors on a device; they are copied there once.
+
+        The host waits for that copy, so that any stream may read it.
+        """
         if device not in self._rules_on:
             self._rules_on[device] = self.rules.converted(lambda array: torch.from_numpy(array).to(device))
         return self._rules_on[device]

@@ -125,6 +125,7 @@ class GpuBackend(Backend):
             )
         device, groups = table.device, len(table)
         if device not in self._bounds_on:
+            # The host waits for this copy, once, so that any stream may read it.
             self._bounds_on[device] = torch.from_numpy(self._bounds).to(device)
         with _launching_on(device):
             numbers = torch.empty(len(NUMBERS), groups, dtype=torch.float64, device=device)
