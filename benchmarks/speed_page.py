@@ -282,6 +282,10 @@ operations for GPT-2 124M and 100 for 1,000 small layers, never makes the host w
 interpreter and compiles for sm_80, sm_90 and gfx942. How fast they are, and whether a CUDA graph can capture them, is
 not known yet: `make gpu` finds out, and writes the page.
 
+Apple's MPS has no float64. There `backend="foreach"`, which `auto` takes, measures in float32 after a multiplication by
+a power of two: norms are right to 1e-6, and the host reads them in every step. Tested on the CPU as if it had none
+either, not on a Mac.
+
 ## How it was measured
 
 - The tools take turns on the same gradients, in a different order each round, so that none always follows the same

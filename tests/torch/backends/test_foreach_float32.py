@@ -130,3 +130,15 @@ def test_the_backend_says_that_a_device_has_no_float64(mps: Any) -> None:
 def test_other_devices_calculate_in_float64() -> None:
     for device in ("cpu", "cuda", "meta"):
         assert float32.has_float64(torch.device(device))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64], ids=str)
+@pytest.mark.parametrize("strategy", [Clip(0.5), ClipValue(0.1)], ids=str)
+def test_another_default_device_changes_nothing(strategy: Any, dtype: torch.dtype) -> None:
+    case = Case.of({"out": {"weight": random_gradients((63,), dtype)[0]}})
+    with torch.device("meta"):
+        report = GradientNormalizer(case.model, strategy, backend=FOREACH).normalize_()
+    expected, told = normalize(case.arrays, strategy)
+    assert report.norms_after.item() == pytest.approx(told.norms_after.item(), rel=ALLOWED)
+    wanted = torch.from_numpy(np.asarray(expected["out"]["weight"])).to(dtype)
+    torch.testing.assert_close(case.gradients["out"]["weight"], wanted)

@@ -71,7 +71,7 @@ class Float32Gradients:
                 row[NONFINITE] += count_nonfinite(values).to(_HOST)
                 row[_MIDDLE_BEFORE] += largest
             elif limit < math.inf and values.is_complex():
-                row += measured(values.to(_HOST), torch.tensor(limit, dtype=torch.float64))
+                row += measured(values.to(_HOST), torch.tensor(limit, dtype=torch.float64, device=_HOST))
             elif largest > limit:
                 row[CUT] += 1
                 sums += _squares(as_real(values), largest, [row[_MIDDLE_BEFORE]])
@@ -95,8 +95,8 @@ class Float32Gradients:
                 values.zero_()
             elif limit < math.inf and values.is_complex():
                 on_host = values.to(_HOST)
-                one = torch.ones((), dtype=torch.float64)
-                change_(on_host, one, one, torch.tensor(limit, dtype=torch.float64), None)
+                one = torch.ones((), dtype=torch.float64, device=_HOST)
+                change_(on_host, one, one, torch.tensor(limit, dtype=torch.float64, device=_HOST), None)
                 values.copy_(on_host)
             elif limit < math.inf:
                 held = _rounded(limit, values.dtype)
@@ -154,7 +154,7 @@ def _add_up(sums: list[_Sum]) -> None:
 
 def _rounded(limit: float, dtype: torch.dtype) -> float:
     """Rounds a limit to a dtype; it cuts the same values, and to the same value."""
-    return torch.tensor(limit, dtype=torch.float64).to(dtype).item()
+    return torch.tensor(limit, dtype=torch.float64, device=_HOST).to(dtype).item()
 
 
 def _multiply_(values: Tensor, factor: float) -> None:

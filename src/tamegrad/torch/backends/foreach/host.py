@@ -95,7 +95,7 @@ def _change_bucket(bucket: _Bucket, decision: Decision[Any]) -> None:
     first, second = on_device(decision.first, device), on_device(decision.second, device)
     factors = (first * second).clamp(max=torch.finfo(torch.float64).max)
     pieces, groups = _in_pieces(bucket)
-    _multiply_(pieces, factors[torch.tensor(groups)])
+    _multiply_(pieces, factors[torch.tensor(groups, device=device)])
     if decision.zeroed is not None:
         zeroed = on_device(decision.zeroed, device)
         for group, values in bucket:
