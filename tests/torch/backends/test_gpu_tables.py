@@ -210,3 +210,24 @@ class TestCapture:
                 continue
             with pytest.raises(SettingError, match="a second step with other addresses"):
                 normalizer.normalize_()
+
+
+def test_alternating_sets_of_gradients_make_each_layout_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As in a mixture of experts.
+    made: list[int] = []
+
+    class Counted(layout.Layout):
+        def __init__(self, facts: Any, groups: int, device: torch.device) -> None:
+            made.append(len(facts))
+            super().__init__(facts, groups, device)
+
+    monkeypatch.setattr(gpu, "Layout", Counted)
+    model = model_with([drawn(4, seed=seed) for seed in range(4)])
+    parameters = list(model.parameters())
+    normalizer = GradientNormalizer(model, Clip(0.5, per="tensor"), backend=GPU)
+    for step in range(6):
+        for index, parameter in enumerate(parameters):
+            parameter.grad = drawn(4, seed=10 * step + index) if (index + step) % 3 else None
+        before = [0.0 if p.grad is None else p.grad.norm().item() for p in parameters]
+        assert normalizer.normalize_().norms.tolist() == pytest.approx(before)
+    assert len(made) == 3
