@@ -4,7 +4,7 @@ BIN := .venv/bin
 IN_EMPTY := .venv-dist/empty/bin/python
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: run test test-long test-oldest test-ecosystem bench dist lint types clean
+.PHONY: run test test-long test-oldest test-ecosystem bench gpu dist lint types clean
 
 run: .venv/run  ## the main job: one network under every strategy
 	$(BIN)/tamegrad compare
@@ -39,6 +39,9 @@ dist: .venv-dist/build  ## wheel and sdist, in dist/
 	$(IN_EMPTY) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt \
 		"$$(echo dist/*.whl)[study]"
 	.venv-dist/empty/bin/tamegrad --help
+
+gpu: .venv/test  ## checks and times everything on one GPU, at most eight minutes; without a GPU a dry run on the CPU
+	$(BIN)/python benchmarks/gpu.py --write docs/speed-gpu.md
 
 lint: .venv/test
 	$(BIN)/ruff check .

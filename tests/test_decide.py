@@ -96,6 +96,33 @@ def test_decides_the_same_in_every_framework(
         np.testing.assert_allclose(ours, np.asarray(theirs), rtol=4e-15, atol=2.0**-1022, err_msg=name)
 
 
+@pytest.mark.parametrize("loss_scale", [None, 1024.0])
+@pytest.mark.parametrize("on_nonfinite", ["keep", "zero"])
+@pytest.mark.parametrize("with_peaks", [False, True])
+def test_less_is_computed_where_all_squares_are_in_the_middle_range(
+    on_nonfinite: OnNonfinite, loss_scale: float | None, *, with_peaks: bool
+) -> None:
+    table, strategies = random_table((1,)), every_strategy()
+    table[:20, 1] = 1e-90, *([0.0] * 18), 1e80
+    rules = Rules.of(groups_of([strategies[index % len(strategies)] for index in range(GROUPS)]))
+    peaks = PEAKS if with_peaks else None
+    expected = decide(table, rules, np, on_nonfinite=on_nonfinite, loss_scale=loss_scale, peaks=peaks)
+    decision = decide(
+        torch.from_numpy(table),
+        rules.converted(torch.from_numpy),
+        torch,
+        on_nonfinite=on_nonfinite,
+        loss_scale=loss_scale,
+        peaks=None if peaks is None else torch.from_numpy(peaks),
+        middle_only=True,
+    )
+    for name in DECIDED:
+        ours, theirs = getattr(decision, name), getattr(expected, name)
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            np.testing.assert_allclose(ours, theirs, rtol=4e-15, atol=0, err_msg=name)
+
+
 def reported_of(decision: Any) -> list[Any]:
     return [getattr(decision, name) for name in DECIDED[:6]]
 

@@ -186,6 +186,7 @@ def decide(
     loss_scale: float | AnyArray | None = None,
     total: AnyArray | None = None,
     peaks: AnyArray | None = None,
+    middle_only: bool = False,
 ) -> Decision[Any]:
     """Decides on every group from the measurements; never reads a device.
 
@@ -200,6 +201,9 @@ def decide(
         peaks: `(G,)` float64: the largest magnitude of each group, times the largest float64 over the largest number of
             its dtype; 0 where no element can overflow. A group grows no further than its peak allows. None if nothing
             can overflow, or to find out with `Decision.reach` what might.
+        middle_only: Whether the host knows that all squares are in the middle range, and that no gradient is of a dtype
+            wider than float32. Then there is less to compute, which on a device is less to launch. A scale that one
+            float64 cannot hold takes what is smaller than a float32 to zero, so one factor will do.
 
     Returns:
         The decision. A group that is not finite has scale 1, or 0 if it is zeroed. Where a strategy returned no usable
@@ -221,7 +225,7 @@ def decide(
         sums = table.sum(0)
         # The last row is of everything.
         squares = xp.concatenate([table[:, BEFORE], (sums if total is None else total)[None, BEFORE]])
-        root, exponent = _norm(xp, squares)
+        root, exponent = (xp.sqrt(squares[:, 1]), None) if middle_only else _norm(xp, squares)
         if loss_scale is not None:
             root = root / loss_scale
         # Only the host can afford to look whether the exponents are zero, as they usually are.
@@ -233,8 +237,7 @@ def decide(
             one, none = np.ones(len(norms)), np.zeros(len(norms), dtype=np.int64)
             return Decision(norms, one, norms, none > 0, none, total_norm, None, None, None, None)
 
-        exponent = xp.zeros_like(root, dtype=xp.int64) if exponent is None else exponent
-        root, exponent = root[:-1], exponent[:-1]
+        root, exponent = root[:-1], xp.zeros_like(norms, dtype=xp.int64) if exponent is None else exponent[:-1]
         nonfinite = xp.asarray(table[:, NONFINITE].sum(1), dtype=xp.int64)
         finite = nonfinite == 0
         wanted = finite & (root > 0) & (targets != norms)
@@ -247,17 +250,17 @@ def decide(
             targets = xp.where(targets > norms, most, targets)
             rescaled = rescaled & (targets != norms)
         norms_after = xp.where(rescaled, targets, norms)
-        first, second, scale = _factors(xp, norms_after, root, exponent, rescaled)
+        if middle_only:
+            first = xp.ones_like(norms)
+            second = scale = xp.where(rescaled, norms_after / norms, first)
+        else:
+            first, second, scale = _factors(xp, norms_after, root, exponent, rescaled)
         scales, clipped = xp.where(wanted & ~usable, math.nan, scale), rescaled & (targets < norms)
         limits, zeroed = None, None
         if rules.has_limits:
             cut = finite & (table[:, CUT] > 0)
-            root_after, exponent_after = _norm(xp, table[:, AFTER])
-            exponent_after = xp.zeros_like(exponent) if exponent_after is None else exponent_after
-            if loss_scale is not None:
-                root_after = root_after / loss_scale
-            norms_after = xp.where(cut, _ldexp(xp, root_after, exponent_after), norms_after)
-            scales = xp.where(cut, _ldexp(xp, root_after / root, exponent_after - exponent), scales)
+            measured, ratio = _after(xp, table[:, AFTER], root, exponent, loss_scale, middle_only=middle_only)
+            norms_after, scales = xp.where(cut, measured, norms_after), xp.where(cut, ratio, scales)
             limits = xp.where(cut, rules.limits if loss_scale is None else rules.limits * loss_scale, math.inf)
             clipped = clipped | cut
         if on_nonfinite == "zero":
@@ -295,6 +298,25 @@ def _factors(
     first = xp.where(fits, one, _ldexp(xp, one, half))
     second = xp.where(fits, scale, _ldexp(xp, ratio, xp.clip(power - half, SMALLEST_EXPONENT, LARGEST_EXPONENT)))
     return first, second, scale
+
+
+def _after(
+    xp: ModuleType,
+    squares: AnyArray,
+    root: AnyArray,
+    exponent: AnyArray,
+    loss_scale: float | AnyArray | None,
+    *,
+    middle_only: bool,
+) -> tuple[AnyArray, AnyArray]:
+    """Returns the norms after, of `(G, 3)` sums of squares, and their ratio to norms `root·2^exponent`."""
+    after, exponent_after = (xp.sqrt(squares[:, 1]), None) if middle_only else _norm(xp, squares)
+    if loss_scale is not None:
+        after = after / loss_scale
+    if middle_only:
+        return after, after / root
+    exponent_after = xp.zeros_like(exponent) if exponent_after is None else exponent_after
+    return _ldexp(xp, after, exponent_after), _ldexp(xp, after / root, exponent_after - exponent)
 
 
 def _ceilings(xp: ModuleType, root: AnyArray, exponent: AnyArray, peaks: AnyArray) -> AnyArray:

@@ -101,6 +101,14 @@ class Strategy:
         """
         return math.inf
 
+    @property
+    def only_measures(self) -> bool:
+        """Whether no group ever changes, whatever its norm; then a device does not even write its gradients.
+
+        False unless there is no limit, and `target` is that of the base class or the strategy says so.
+        """
+        return type(self).target is Strategy.target and self.limit == math.inf
+
 
 @dataclass(frozen=True, slots=True)
 class Keep(Strategy):
@@ -154,6 +162,12 @@ class Clip(Strategy):
     def grows_to(self) -> float:
         """0: no norm grows."""
         return 0.0
+
+    @property
+    def only_measures(self) -> bool:
+        """Whether the threshold is infinite."""
+        # A subclass may have another target.
+        return type(self).target is Clip.target and self.threshold == math.inf
 
     def __str__(self) -> str:
         return f'Clip({self.threshold:g}, per="{self.per}")'

@@ -113,7 +113,11 @@ class Gradients:
         """Refuses to change inference tensors outside of inference mode, as PyTorch does; nothing was changed yet."""
         if torch.is_inference_mode_enabled():
             return
-        for position in np.flatnonzero(changed).tolist():
+        positions = np.flatnonzero(changed).tolist()
+        present = (values for values in map(self.values.__getitem__, positions) if values is not None)
+        if not any(map(Tensor.is_inference, present)):
+            return
+        for position in positions:
             values = self.values[position]
             if values is not None and values.is_inference():
                 raise SettingError(

@@ -14,6 +14,8 @@ from torch import Tensor
 
 __all__ = [
     "DTYPES",
+    "NARROW",
+    "NARROW_DTYPES",
     "PARTS",
     "HeldMemory",
     "Memory",
@@ -28,6 +30,9 @@ __all__ = [
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
 # How many real numbers a value of each dtype is.
 PARTS = np.array([2 if dtype.is_complex else 1 for dtype in DTYPES])
+# The dtypes whose squares, raw, all fit the middle range of float64, and which of `DTYPES` they are.
+NARROW_DTYPES = frozenset(DTYPES) - {torch.float64, torch.complex128}
+NARROW = np.array([dtype in NARROW_DTYPES for dtype in DTYPES])
 _POSITIONS = {dtype: position for position, dtype in enumerate(DTYPES)}
 _REAL = frozenset(dtype for dtype in DTYPES if not dtype.is_complex)
 _ITEMSIZES = np.array([dtype.itemsize for dtype in DTYPES])

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tamegrad.decide import LARGEST_ANYWHERE, NONFINITE, Decision, may_overflow
@@ -14,8 +13,9 @@ from tamegrad.errors import NonFiniteGradientError, SettingError
 from tamegrad.report import Report
 from tamegrad.strategies import OnNonfinite
 from tamegrad.torch.backends import BACKENDS, Backend, SelectedBackend, is_capturing, select
-from tamegrad.torch.backends.tensorwise import count_nonfinite
+from tamegrad.torch.backends.tensorwise import SMALLEST_LIMIT, count_nonfinite
 from tamegrad.torch.gradients import Gradients, collect
+from tamegrad.torch.memory import NARROW, NARROW_DTYPES
 from tamegrad.torch.model.planning import PlannedModel
 from tamegrad.torch.settings import Settings
 from tamegrad.torch.sharded.sharding import mesh_of
@@ -56,6 +56,8 @@ class Step:
         self._names = tuple(parameter.name for parameter in self.plan.parameters)
         self.is_sharded = any(mesh_of(parameter) is not None for parameter in self.parameters)
         self._on_host = all(parameter.device.type == "cpu" for parameter in self.parameters)
+        is_narrow = all(parameter.dtype in NARROW_DTYPES for parameter in self.parameters)
+        self._is_narrow = is_narrow and bool((self._backend.rules.limits > SMALLEST_LIMIT).all())
         self._group_names = tuple(group.name for group in self.plan.groups)
 
     def announce_change(self) -> None:
@@ -99,6 +101,7 @@ class Step:
         table, total = self._reduction.reduce(self._backend.measure(gradients, loss_scale), looks=looks)
         self.nonfinite_steps = self.nonfinite_steps.to(table.device)
         known: dict[str, Any] = {"on_nonfinite": self._on_nonfinite, "loss_scale": loss_scale, "total": total}
+        known["middle_only"] = self._is_middle_only(gradients)
         decision = self._backend.decide(table, nonfinite_steps=self.nonfinite_steps, **known)
         if self._may_overflow(decision, loss_scale):
             peaks = self._backend.peaks(gradients, decision, loss_scale)
@@ -119,12 +122,11 @@ class Step:
         if decision.first is None:
             return
         on_host = isinstance(decision.first, np.ndarray)
-        changed = self._changed(decision) if on_host else np.ones(len(self.parameters), dtype=np.bool_)
+        changed = decision.changed[self._backend.group_of] if on_host else self._backend.may_change(self._on_nonfinite)
         if changed.any():
             gradients.refuse_unwritable(changed, self._names)
             self._backend.apply_(gradients, decision, changed)
-        if gradients.copies:
-            gradients.write_back(changed if on_host else self._changed(decision))
+        gradients.write_back(changed)
 
     def report(self, decision: Decision[Any], *, skipped: bool) -> Report[Tensor]:
         """Returns the report of a step in which a decision was applied, or everything was left as it is."""
@@ -156,6 +158,15 @@ class Step:
         counts = {name: (nan, plus, minus) for name, (nan, plus, minus) in named if nan or plus or minus}
         return NonFiniteGradientError(counts, self.plan.layers_of(counts))
 
+    def _is_middle_only(self, gradients: Gradients) -> bool:
+        """Returns whether the host knows that all squares are in the middle range of float64; the same on every rank.
+
+        Other ranks may have gradients where this one has none, but the dtypes of the parameters are those of all ranks.
+        """
+        dtypes = gradients.memory.dtypes
+        known = self._is_narrow and not self._reduction.has_stages
+        return known and bool(NARROW[dtypes[dtypes >= 0]].all())
+
     def _may_overflow(self, decision: Decision[Any], loss_scale: Tensor | None) -> bool:
         """Returns whether an element may grow past the largest number of its dtype; the same on every rank."""
         grows_to = max(self._backend.rules.grows_to, self._reduction.grows_to)
@@ -166,11 +177,6 @@ class Step:
             return bool((reach > LARGEST_ANYWHERE).any())
         # To look would make the host wait for the device, and other stages see other groups.
         return True
-
-    def _changed(self, decision: Decision[Any]) -> NDArray[np.bool_]:
-        """Returns which gradients changed; this reads the device."""
-        groups: NDArray[np.bool_] = np.asarray(decision.changed.tolist(), dtype=np.bool_)
-        return groups[self._backend.group_of]
 
     def _refuse_capture(self) -> None:
         if self._on_nonfinite in _READ_BY_THE_HOST and is_capturing():

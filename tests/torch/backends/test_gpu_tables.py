@@ -17,7 +17,7 @@ from tamegrad import Clip, SettingError
 from tamegrad.decide import Decision
 from tamegrad.strategies import OnNonfinite
 from tamegrad.torch import GradientNormalizer
-from tamegrad.torch.backends import gpu
+from tamegrad.torch.backends import gpu, kept
 from tamegrad.torch.backends.gpu import GpuBackend, layout
 from tamegrad.torch.gradients import Gradients
 from tamegrad.torch.memory import Memory
@@ -164,7 +164,8 @@ class TestCapture:
     @pytest.fixture
     def capturing(self, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         now = [False]
-        monkeypatch.setattr(layout, "is_capturing", lambda: now[0])
+        for module in (kept, layout):
+            monkeypatch.setattr(module, "is_capturing", lambda: now[0])
         return now
 
     def test_the_first_step_is_refused(self, capturing: list[bool]) -> None:
@@ -209,3 +210,24 @@ class TestCapture:
                 continue
             with pytest.raises(SettingError, match="a second step with other addresses"):
                 normalizer.normalize_()
+
+
+def test_alternating_sets_of_gradients_make_each_layout_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As in a mixture of experts.
+    made: list[int] = []
+
+    class Counted(layout.Layout):
+        def __init__(self, facts: Any, groups: int, device: torch.device) -> None:
+            made.append(len(facts))
+            super().__init__(facts, groups, device)
+
+    monkeypatch.setattr(gpu, "Layout", Counted)
+    model = model_with([drawn(4, seed=seed) for seed in range(4)])
+    parameters = list(model.parameters())
+    normalizer = GradientNormalizer(model, Clip(0.5, per="tensor"), backend=GPU)
+    for step in range(6):
+        for index, parameter in enumerate(parameters):
+            parameter.grad = drawn(4, seed=10 * step + index) if (index + step) % 3 else None
+        before = [0.0 if p.grad is None else p.grad.norm().item() for p in parameters]
+        assert normalizer.normalize_().norms.tolist() == pytest.approx(before)
+    assert len(made) == 3

@@ -3,7 +3,8 @@
 `G` is the number of groups, `P` of parameters.
 """
 
-from tamegrad.torch.backends.base import Backend, is_capturing
+from tamegrad.torch.backends.base import Backend
+from tamegrad.torch.backends.kept import is_capturing
 from tamegrad.torch.backends.selection import BACKENDS, SelectedBackend, select
 
 __all__ = ["BACKENDS", "Backend", "SelectedBackend", "is_capturing", "select"]

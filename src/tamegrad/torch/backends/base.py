@@ -3,6 +3,7 @@
 `G` is the number of groups, `P` of parameters.
 """
 
+import functools
 import math
 import sys
 from abc import ABC, abstractmethod
@@ -17,11 +18,12 @@ from torch import Tensor
 from tamegrad.decide import FULL, Decision, Rules, decide
 from tamegrad.groups import Plan
 from tamegrad.strategies import OnNonfinite
+from tamegrad.torch.backends.kept import Kept, uploaded
 from tamegrad.torch.backends.tensorwise import as_real
 from tamegrad.torch.gradients import Gradients
 from tamegrad.torch.memory import DTYPES
 
-__all__ = ["LARGEST", "STRETCH", "Backend", "is_capturing", "on_device"]
+__all__ = ["LARGEST", "STRETCH", "Backend", "on_device"]
 
 # `(DTYPES,)`: magnitudes up to which no element overflows when float64 is rounded to its dtype.
 _MAX = np.array([torch.finfo(dtype).max for dtype in DTYPES])
@@ -46,7 +48,10 @@ class Backend(ABC):
         self.counted = np.array(counted, dtype=np.bool_)
         self.group_of: NDArray[np.int64] = np.array(plan.group_of, dtype=np.int64)
         self.rules = Rules.of(plan.groups)
+        changing = [not group.strategy.only_measures for group in plan.groups]
+        self._may_be_rescaled: NDArray[np.bool_] = np.array(changing, dtype=np.bool_)[self.group_of]
         self._rules_on: dict[torch.device, Rules[Tensor]] = {}
+        self._peak_groups: Kept[Tensor] = Kept()
 
     @abstractmethod
     def measure(self, gradients: Gradients, loss_scale: Tensor | None) -> Tensor:
@@ -88,9 +93,11 @@ class Backend(ABC):
             bucket.append(as_real(values))
         peaks = torch.zeros(len(self.plan.groups), dtype=torch.float64, device=home)
         for (_, dtype), (groups, bucket) in buckets.items():
-            largest = torch.stack(torch._foreach_norm(bucket, math.inf)).to(home, torch.float64)  # noqa: SLF001
+            largest = torch.stack(torch._foreach_norm(bucket, math.inf)).to(home).to(torch.float64)  # noqa: SLF001
             stretched = (largest * STRETCH[dtype]).clamp(max=sys.float_info.max)
-            peaks.scatter_reduce_(0, torch.tensor(groups, device=home), stretched, "amax")
+            places = np.array(groups)
+            index = self._peak_groups.get(home, (places.tobytes(),), functools.partial(uploaded, places, home))
+            peaks.scatter_reduce_(0, index, stretched, "amax")
         return peaks
 
     def decide(
@@ -102,6 +109,7 @@ class Backend(ABC):
         loss_scale: Tensor | None,
         total: Tensor | None,
         peaks: Tensor | None = None,
+        middle_only: bool = False,
     ) -> Decision[Any]:
         """Decides on every group.
 
@@ -113,11 +121,12 @@ class Backend(ABC):
             loss_scale: As in `measure`.
             total: As in `tamegrad.decide.decide`.
             peaks: As in `tamegrad.decide.decide`.
+            middle_only: As in `tamegrad.decide.decide`.
 
         Returns:
             The decision: NumPy arrays if the table is on the CPU, else tensors on its device.
         """
-        if table.device.type == "cpu":
+        if _is_on_host(table):
             decision = decide(
                 table.numpy(),
                 self.rules,
@@ -138,6 +147,7 @@ class Backend(ABC):
             loss_scale=None if loss_scale is None else loss_scale.to(table),
             total=None if total is None else total.to(table),
             peaks=None if peaks is None else peaks.to(table),
+            middle_only=middle_only,
         )
         if nonfinite_steps is not None:
             nonfinite_steps += decision.nonfinite > 0
@@ -153,8 +163,16 @@ class Backend(ABC):
             changed: `(P,)`: whether each gradient may change, as far as the host knows.
         """
 
+    def may_change(self, on_nonfinite: OnNonfinite) -> NDArray[np.bool_]:
+        """Returns which gradients may change, as far as the host knows without looking at a decision; `(P,)`."""
+        # A group that is not finite is zeroed, whatever its strategy.
+        return np.ones_like(self._may_be_rescaled) if on_nonfinite == "zero" else self._may_be_rescaled
+
     def rules_on(self, device: torch.device) -> Rules[Tensor]:
-        """Returns the rules as tensors on a device; they are copied there once."""
+        """Returns the rules as tensors on a device; they are copied there once.
+
+        The host waits for that copy, so that any stream may read it.
+        """
         if device not in self._rules_on:
             self._rules_on[device] = self.rules.converted(lambda array: torch.from_numpy(array).to(device))
         return self._rules_on[device]
@@ -164,14 +182,12 @@ class Backend(ABC):
         if not self.rules.has_limits:
             return None
         limits = self.rules_on(device).limits
-        return limits if loss_scale is None else limits * loss_scale.to(limits)
+        return limits if loss_scale is None else limits * loss_scale.to(limits.device).to(limits.dtype)
 
 
-def is_capturing() -> bool:
-    """Returns whether a CUDA graph is being captured on the current stream."""
-    # PyTorch without CUDA raises when asked for the stream.
-    initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # PyTorch has no type there
-    return initialized and torch.cuda.is_current_stream_capturing()
+def _is_on_host(table: Tensor) -> bool:
+    """Returns whether looking at a table does not make the host wait."""
+    return table.is_cpu
 
 
 def on_device(vector: Any, device: torch.device) -> Tensor:  # noqa: ANN401  an array of NumPy or PyTorch

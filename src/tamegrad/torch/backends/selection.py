@@ -4,12 +4,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 
+import torch
 from torch import Tensor
 
 from tamegrad.errors import MissingExtraError, SettingError, quoted
 from tamegrad.groups import Plan
 from tamegrad.torch.backends.base import Backend
 from tamegrad.torch.backends.foreach import ForeachBackend
+from tamegrad.torch.backends.foreach.float32 import has_float64
 
 __all__ = ["BACKENDS", "SelectedBackend", "select"]
 
@@ -33,6 +35,10 @@ BACKENDS: dict[str, Callable[[Plan, Sequence[bool]], Backend]] = {
     "gpu": _imported_late("gpu", "GpuBackend"),
     "foreach": ForeachBackend,
 }
+
+# Whether "auto" may take the Triton kernels on a GPU that they pass their trial on. They have been checked in Triton's
+# interpreter and compiled for several GPUs, but no run on a GPU has shown yet that they are right and fast there.
+AUTO_TAKES_TRITON = False
 
 # What a backend needs beyond PyTorch: the extra and the library in it.
 _NEEDS = {"cpu": ("cpu", "Numba"), "gpu": ("gpu", "Triton")}
@@ -69,7 +75,7 @@ def select(name: str, parameters: Iterable[Tensor]) -> SelectedBackend:
         The backend's name, and why it was selected.
 
     Raises:
-        SettingError: If there is no such backend.
+        SettingError: If there is no such backend, or the Triton kernels were requested and fail their trial.
         MissingExtraError: If the requested backend's dependency is missing, or cannot be used here.
 
     Example:
@@ -91,22 +97,50 @@ def select(name: str, parameters: Iterable[Tensor]) -> SelectedBackend:
             allowed=f'{library}, or backend="foreach", which needs PyTorch alone',
             advice=f"pip install 'tamegrad[{extra}]'",
         ) from problem
-    return SelectedBackend(name, "as asked")
+    parameters = list(parameters)
+    failure = _failed_trial(parameters) if name == "gpu" else None
+    if failure is not None:
+        raise SettingError(
+            'backend="gpu"',
+            got=f"Triton kernels that failed their trial: {failure}",
+            allowed="a GPU for which Triton, which needs a C compiler, makes kernels that give right numbers",
+            advice='pass backend="foreach", which needs PyTorch alone, or backend="auto"',
+        )
+    return SelectedBackend(name, f"as asked{_without_float64(parameters) if name == 'foreach' else ''}")
 
 
 def _best_for(parameters: list[Tensor]) -> SelectedBackend:
     devices = sorted({str(parameter.device) for parameter in parameters})
+    what = "the only parameter is" if len(parameters) == 1 else f"the {len(parameters)} parameters are"
+    where = f"{what} on {', '.join(devices) or 'no device'}"
+    if parameters and all(parameter.device.type == "cuda" for parameter in parameters):
+        if not AUTO_TAKES_TRITON:
+            return SelectedBackend("foreach", f"{where}, and no run on a GPU has confirmed the Triton kernels yet")
+        failure = _problem_with("gpu") or _failed_trial(parameters)
+        if failure is None:
+            return SelectedBackend("gpu", where)
+        return SelectedBackend("foreach", f"{where}, but the Triton kernels cannot be used: {failure}")
     if devices != ["cpu"]:
-        # The GPU backend is only taken by name as long as it has not been run on a GPU.
-        return SelectedBackend(
-            "foreach", f"the {len(parameters)} parameters are on {', '.join(devices) or 'no device'}"
-        )
+        return SelectedBackend("foreach", where + _without_float64(parameters))
     where = "the only parameter is" if len(parameters) == 1 else f"all {len(parameters)} parameters are"
     problem = _problem_with("cpu")
     if problem is not None:
         why = f"Numba cannot be used: {problem}; pip install 'tamegrad[cpu]'"
         return SelectedBackend("foreach", f"{where} on the CPU, but {why}")
     return SelectedBackend("cpu", f"{where} on the CPU")
+
+
+def _failed_trial(parameters: Iterable[Tensor]) -> str | None:
+    """Returns why the Triton kernels failed their trial on a GPU that holds parameters, or None if they passed it."""
+    problem_on: Callable[[torch.device], str | None] = import_module(f"{_module('gpu')}.trial").problem_on
+    devices = dict.fromkeys(parameter.device for parameter in parameters if parameter.device.type == "cuda")
+    return next((f"{problem} (on {device})" for device in devices if (problem := problem_on(device))), None)
+
+
+def _without_float64(parameters: Iterable[Tensor]) -> str:
+    """Returns what there is to say about devices without float64."""
+    devices = sorted({str(one.device) for one in parameters if not has_float64(one.device)})
+    return f"; there is no float64 on {', '.join(devices)}: norms are right to 1e-6" if devices else ""
 
 
 def _problem_with(name: str) -> ImportError | None:

@@ -20,12 +20,16 @@ from tamegrad.decide import (
     SMALL_BELOW,
     SMALL_FACTOR,
 )
-from tamegrad.torch.memory import flattened
+from tamegrad.torch.memory import NARROW_DTYPES, flattened
 
-__all__ = ["as_real", "change_", "count_nonfinite", "measured", "pieces_of"]
+__all__ = ["SMALLEST_LIMIT", "as_real", "change_", "count_nonfinite", "measured", "pieces_of"]
 
 # The real numbers in a piece. On the CPU smaller ones cost more in calls than they gain in caches.
 HOST_PIECE, DEVICE_PIECE = 2**19, 2**24
+
+# The squares of limits above this one are in the middle range of float64, with any loss scale.
+SMALLEST_LIMIT = 2.0**-300
+_MIDDLE = BEFORE.start + 1
 
 
 def as_real(values: Tensor) -> Tensor:
@@ -51,10 +55,13 @@ def measured(values: Tensor, limit: Tensor | None) -> Tensor:
         `(COLUMNS,)` float64 on its device.
     """
     row = torch.zeros(COLUMNS, dtype=torch.float64, device=values.device)
-    real = as_real(values)
+    real, narrow = as_real(values), values.dtype in NARROW_DTYPES
     for piece in pieces_of(real):
         wide, pairs = piece.to(torch.float64), values.is_complex()
-        row[BEFORE] += _squares(wide)
+        if narrow:
+            row[_MIDDLE] += wide.square().sum()
+        else:
+            row[BEFORE] += _squares(wide)
         if limit is not None:
             row[AFTER] += _squares(_limited(wide, limit, pairs=pairs))
             row[CUT] += (_magnitudes(wide, pairs=pairs) > limit).sum()

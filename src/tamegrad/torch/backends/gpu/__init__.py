@@ -1,15 +1,21 @@
 """The backend for GPUs: Triton kernels over a table of addresses, four launches a step for any number of tensors.
 
 Measuring takes two launches (`measure_chunk`, `add_chunks`), deciding one (`decide_groups`), applying one
-(`apply_chunk`). Where an element may grow past the largest number of its dtype, two more: `peak_chunk`, and
-`decide_groups` again. With gradients on several devices each device measures and applies its own, and the device of the
-first gradient decides for all. The host never waits for a device.
+(`apply_chunk`). If some groups have a limit on elements and others have none, measuring and applying take one more
+each; if a group has more than 67 million values, adding up takes one more. Where an element may grow past the largest
+number of its dtype, two more: `peak_chunk`, and `decide_groups` again. With gradients on several devices each device
+measures and applies its own, and the device of the first gradient decides for all. The host never waits for a device.
+
+Nothing that a kernel is compiled for depends on an address, so a step that ran once compiles nothing when it is
+captured in a CUDA graph. All arithmetic is in float64, of which consumer GPUs do little: pairs of float32 would be
+faster there, but are left until a run on a GPU can show what they are worth.
 
 Checked in Triton's interpreter, which runs the kernels on the CPU, and by compiling them for several GPUs. The kernels
-have not run on a GPU yet, and nothing here has been tuned or timed.
+have not run on a GPU yet, and nothing here has been tuned or timed: `make gpu` does that. Before they are first used on
+a device, `trial` tries them there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +33,8 @@ from tamegrad.strategies import OnNonfinite
 from tamegrad.torch.backends.base import Backend, on_device
 from tamegrad.torch.backends.gpu.decide import NUMBERS, decide_groups, target_bounds
 from tamegrad.torch.backends.gpu.kernels import INTERPRETED, add_chunks, apply_chunk, measure_chunk, peak_chunk
-from tamegrad.torch.backends.gpu.layout import BLOCK, CHUNK, Layout, facts_of, is_aligned, refuse_capture
+from tamegrad.torch.backends.gpu.layout import BLOCK, CHUNK, Layout, facts_of
+from tamegrad.torch.backends.kept import Kept
 from tamegrad.torch.gradients import Gradients
 from tamegrad.torch.memory import Memory
 
@@ -57,12 +64,8 @@ class GpuBackend(Backend):
         super().__init__(plan, counted)
         self._bounds = target_bounds(plan.groups)
         self._bounds_on: dict[torch.device, Tensor] = {}
-        self._layouts: dict[torch.device, Layout] = {}
-        self._replayed: list[Layout] = []
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Pinned memory does not stay pinned in a copy, and a captured graph goes on reading the original's tables.
-        return {**vars(self), "_bounds_on": {}, "_layouts": {}, "_replayed": []}
+        self._limited = np.isfinite(self.rules.limits)[self.group_of]
+        self._layouts: Kept[Layout] = Kept()
 
     def measure(self, gradients: Gradients, loss_scale: Tensor | None) -> Tensor:
         """Measures all groups in two launches a device.
@@ -103,6 +106,7 @@ class GpuBackend(Backend):
         loss_scale: Tensor | None,
         total: Tensor | None,
         peaks: Tensor | None = None,
+        middle_only: bool = False,
     ) -> Decision[Any]:
         """Decides on every group: in one launch if all strategies are built in, else by plain operations.
 
@@ -117,9 +121,11 @@ class GpuBackend(Backend):
                 loss_scale=loss_scale,
                 total=total,
                 peaks=peaks,
+                middle_only=middle_only,
             )
         device, groups = table.device, len(table)
         if device not in self._bounds_on:
+            # The host waits for this copy, once, so that any stream may read it.
             self._bounds_on[device] = torch.from_numpy(self._bounds).to(device)
         with _launching_on(device):
             numbers = torch.empty(len(NUMBERS), groups, dtype=torch.float64, device=device)
@@ -163,54 +169,48 @@ class GpuBackend(Backend):
     def _parts(self, gradients: Gradients, memory: Memory) -> list["_Part"]:
         """Returns what is on each device, that of the first gradient first."""
         present = memory.dtypes >= 0
-        facts, addresses = facts_of(memory, self.group_of, self.counted)[present], memory.addresses[present]
+        facts = facts_of(memory, self.group_of, self.counted, self._limited)[present]
+        addresses = memory.addresses[present]
         tensors = [values for values in gradients.values if values is not None]
         numbers = np.fromiter(map(Tensor.get_device, tensors), np.int64, len(tensors))
         parts = []
         for number in dict.fromkeys(numbers.tolist()):
             here = numbers == number
             layout = self._layout_for(tensors[int(here.argmax())].device, facts[here])
-            parts.append(_Part(layout, layout.addresses_on_device(addresses[here]), is_aligned(addresses[here])))
+            parts.append(_Part(layout, layout.addresses_on_device(addresses[here])))
         return parts
 
     def _layout_for(self, device: torch.device, facts: NDArray[np.int64]) -> Layout:
-        """Returns the layout of gradients, which usually is that of the last step."""
-        layout = self._layouts.get(device)
-        if layout is not None and np.array_equal(facts, layout.facts):
-            return layout
-        if layout is None:
-            _refuse_elsewhere(device)
-            refuse_capture("the first step")
-        else:
-            refuse_capture("a step with gradients of other shapes or dtypes than the last one's")
-            if layout.is_replayed:
-                self._replayed.append(layout)
-        layout = self._layouts[device] = Layout(facts, len(self.plan.groups), device)
-        return layout
+        """Returns the layout of gradients, which usually is that of a step before."""
+        _refuse_elsewhere(device)
+        return self._layouts.get(device, (facts.tobytes(),), lambda: Layout(facts, len(self.plan.groups), device))
 
     def _measured(self, part: "_Part", loss_scale: Tensor | None) -> Tensor:
         """Returns the sums of what is on one device."""
         layout, device = part.layout, part.layout.device
-        chunks, limits = len(layout.measured), self.limits_on(device)
         with _launching_on(device):
-            partial = torch.empty(chunks, COLUMNS, dtype=torch.float64, device=device)
-            sums = torch.empty(len(self.plan.groups), COLUMNS, dtype=torch.float64, device=device)
-            if chunks:
-                tables = part.addresses, layout.facts_on_device, layout.measured
+            partial = torch.empty(len(layout.measured), COLUMNS, dtype=torch.float64, device=device)
+            for limits, here in _by_limit(self.limits_on(device), len(partial), layout.unlimited_measured):
+                tables = part.addresses, layout.facts_on_device, layout.measured[here]
                 scale = None if limits is None else _readable(loss_scale, device)
-                measure_chunk[(chunks,)](*tables, limits, scale, partial, **part.constants)
-            add_chunks[(len(sums),)](partial, layout.ends, sums, ROWS=_ROWS, WIDTH=_WIDTH)
+                measure_chunk[(len(tables[-1]),)](*tables, limits, scale, partial[here], **part.constants)
+            if layout.spans is not None:
+                spans = torch.empty(len(layout.spans), COLUMNS, dtype=torch.float64, device=device)
+                add_chunks[(len(spans),)](partial, layout.spans, spans, ROWS=_ROWS, WIDTH=_WIDTH)
+                partial = spans
+            sums = torch.empty(len(self.plan.groups), COLUMNS, dtype=torch.float64, device=device)
+            add_chunks[(len(sums),)](partial, layout.bounds, sums, ROWS=_ROWS, WIDTH=_WIDTH)
         return sums
 
     def _change_(self, part: "_Part", decision: Decision[Any]) -> None:
         """Changes what is on one device."""
         layout, device = part.layout, part.layout.device
-        if chunks := len(layout.chunks):
-            with _launching_on(device):
-                tables = part.addresses, layout.facts_on_device, layout.chunks
-                vectors = decision.first, decision.second, decision.limits, decision.zeroed
-                moved = (None if vector is None else on_device(vector, device) for vector in vectors)
-                apply_chunk[(chunks,)](*tables, *moved, **part.constants)
+        vectors = decision.first, decision.second, decision.limits, decision.zeroed
+        first, second, limits, zeroed = (None if v is None else on_device(v, device) for v in vectors)
+        with _launching_on(device):
+            for own_limits, here in _by_limit(limits, len(layout.chunks), layout.unlimited):
+                tables = part.addresses, layout.facts_on_device, layout.chunks[here]
+                apply_chunk[(len(tables[-1]),)](*tables, first, second, own_limits, zeroed, **part.constants)
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,24 +220,29 @@ class _Part:
     Args:
         layout: Their tables.
         addresses: `(N,)` on the device: where they are.
-        aligned: Whether every address allows the widest loads.
     """
 
     layout: Layout
     addresses: Tensor
-    aligned: bool
 
     @property
     def constants(self) -> dict[str, int | bool]:
         """What the kernels over chunks are specialized for."""
         return {
             "PRESENT": self.layout.present,
-            "ALIGNED": self.aligned,
             "CHUNK": CHUNK,
             "BLOCK": BLOCK,
             # Rounds a product and the sum it goes into once; Triton's default for this depends on its version.
             "enable_fp_fusion": True,
         }
+
+
+def _by_limit(limits: Tensor | None, count: int, unlimited: int) -> Iterator[tuple[Tensor | None, slice]]:
+    """Yields which of the chunks are launched together: those without limits on elements, then those with limits."""
+    if unlimited:
+        yield None, slice(0, unlimited)
+    if unlimited < count:
+        yield limits, slice(unlimited, count)
 
 
 def _readable(loss_scale: Tensor | None, device: torch.device) -> Tensor | None:

@@ -13,16 +13,8 @@ from numpy.typing import NDArray
 from tamegrad import decide
 from tamegrad.groups import Group
 from tamegrad.strategies import Clip, ClipValue, Keep, Renormalize
-from tamegrad.torch.backends.gpu.kernels import (
-    AFTER,
-    BEFORE,
-    BIG_FACTOR,
-    COLUMNS,
-    CUT,
-    INFINITY,
-    NONFINITE,
-    SMALL_FACTOR,
-)
+from tamegrad.torch.backends.gpu.kernels import AFTER, BEFORE, COLUMNS, CUT, NONFINITE
+from tamegrad.torch.backends.gpu.values import BIG_FACTOR, INFINITY, SMALL_FACTOR
 
 __all__ = ["NUMBERS", "decide_groups", "target_bounds"]
 

@@ -5,65 +5,65 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tamegrad.errors import SettingError
-from tamegrad.torch.backends.base import is_capturing
+from tamegrad.torch.backends.kept import is_capturing, refuse_capture, uploaded
 from tamegrad.torch.memory import PARTS, Memory
 
-__all__ = ["BLOCK", "CHUNK", "Layout", "facts_of", "is_aligned", "refuse_capture"]
+__all__ = ["BLOCK", "CHUNK", "Layout", "facts_of"]
 
 # Not tuned on a device. With Triton's default of four warps a block is eight values a thread, few enough to keep three
 # float64 sums of each in registers. With chunks of 16 blocks a hundred million values make thousands of programs, and
 # the 80 bytes of sums that each writes are little next to what it reads.
 BLOCK = 1024
 CHUNK = 16 * BLOCK
-# The widest loads of a thread need addresses that are multiples of this many bytes.
-ALIGNMENT = 16
+# A group of more chunks than this is added up in two steps: first in spans of so many chunks, each by a program of its
+# own. One program would take as long for a billion values as it takes to read half of them.
+TALL, SPAN = 4096, 512
 # The address tables that one step fills: to measure, and to apply.
 TABLES_IN_STEP = 2
 
 
 class Layout:
-    """The tables for gradients of certain sizes and dtypes on one device.
+    """The tables for gradients of certain sizes and dtypes on one device, used on one stream and in CUDA graphs.
 
     Sizes and dtypes never change; addresses are looked up in every step, and uploaded if they are not those of the last
     one. Several threads may use one layout.
 
     Args:
-        facts: `(N, 4)`: what `facts_of` returns.
+        facts: `(N, 5)`: what `facts_of` returns.
         groups: The number of groups.
         device: The device.
 
     Attributes:
-        facts: As given.
         device: As given.
         facts_on_device: `(N, 3)`: how many real numbers each gradient has, its group and its dtype.
-        chunks: `(C, 2)`: the gradient that each chunk is part of, and where in it the chunk starts; ordered by group.
+        chunks: `(C, 2)`: the gradient that each chunk is part of, and where in it the chunk starts; ordered by group,
+            groups with a limit on elements last.
+        unlimited: How many of the chunks come before those.
         measured: `(M, 2)`: the chunks that are measured here.
-        ends: `(G + 1,)`: where in `measured` each group starts, and the last one ends.
+        unlimited_measured: The same for these.
+        spans: `(S, 2)`: where in `measured` each span of chunks starts and ends, to be added up first; None where no
+            group is so tall that this pays.
+        bounds: `(G, 2)`: where each group starts and ends in the spans, or without spans in `measured`.
         present: Has the bit of each dtype among the gradients set.
     """
 
     def __init__(self, facts: NDArray[np.int64], groups: int, device: torch.device) -> None:
-        self.facts, self.device = facts, device
-        table = torch.from_numpy(facts)
-        counts = (table[:, 0] + CHUNK - 1) // CHUNK
-        by_group = table[:, 1].argsort(stable=True)
-        counted = counts * table[:, 3]
-        ends = torch.zeros(groups + 1, dtype=torch.int64, device="cpu")
-        ends = ends.index_add_(0, table[:, 1] + 1, counted).cumsum(0)
-        self.facts_on_device = _uploaded(table[:, :3].contiguous(), device)
-        self.chunks = _uploaded(_chunks(by_group, counts[by_group]), device)
-        self.measured = _uploaded(_chunks(by_group, counted[by_group]), device)
-        self.ends = _uploaded(ends, device)
+        self.device = device
+        self.facts_on_device = uploaded(np.ascontiguousarray(facts[:, :3]), device)
+        counts = -(-facts[:, 0] // CHUNK)
+        chunks, measured = _chunks(facts, counts), _chunks(facts, counts * facts[:, 3])
+        self.chunks, self.measured = uploaded(chunks, device), uploaded(measured, device)
+        self.unlimited, self.unlimited_measured = (int((facts[of[:, 0], 4] == 0).sum()) for of in (chunks, measured))
+        bounds = _bounds(facts[measured[:, 0], 1], groups)
+        self.spans: Tensor | None = None
+        if (bounds[:, 1] - bounds[:, 0]).max(initial=0) > TALL:
+            spans, groups_of_spans = _spans(bounds)
+            self.spans, bounds = uploaded(spans, device), _bounds(groups_of_spans, groups)
+        self.bounds = uploaded(bounds, device)
         self.present = sum(1 << dtype for dtype in set(facts[:, 2].tolist()))
-        self._last: tuple[NDArray[np.int64], Tensor] = (np.empty(0, dtype=np.int64), self.ends)
+        self._last: tuple[NDArray[np.int64], Tensor] = (np.empty(0, dtype=np.int64), self.bounds)
         self._spares: list[Tensor] = []
         self._replayed: list[tuple[Tensor, Tensor | None]] = []
-
-    @property
-    def is_replayed(self) -> bool:
-        """Whether a captured CUDA graph reads the tables."""
-        return bool(self._replayed)
 
     def addresses_on_device(self, addresses: NDArray[np.int64]) -> Tensor:
         """Returns the addresses as a table on the device; the host does not wait for the upload."""
@@ -72,7 +72,7 @@ class Layout:
         if is_capturing():
             return self._captured(addresses, table if same else None)
         if not same:
-            table = _uploaded(torch.from_numpy(addresses), self.device)
+            table = uploaded(addresses, self.device)
             self._last = addresses, table
         while len(self._spares) < TABLES_IN_STEP:
             self._spares.append(_pinned(torch.zeros(len(addresses), dtype=torch.int64, device="cpu"), self.device))
@@ -95,53 +95,51 @@ class Layout:
         return table
 
 
-def facts_of(memory: Memory, group_of: NDArray[np.int64], counted: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Returns for each parameter how many real numbers its gradient has, its group, dtype, and whether it is measured.
+def facts_of(
+    memory: Memory, group_of: NDArray[np.int64], counted: NDArray[np.bool_], limited: NDArray[np.bool_]
+) -> NDArray[np.int64]:
+    """Returns for each parameter its gradient's count of real numbers, group and dtype, and two flags.
 
     Args:
         memory: One entry a parameter.
         group_of: `(P,)`: the group of each.
         counted: `(P,)`: whether each is measured here.
+        limited: `(P,)`: whether the elements of each have a limit.
 
     Returns:
-        `(P, 4)`.
+        `(P, 5)`: the flags are the last two columns.
     """
-    return np.stack([memory.counts * PARTS[memory.dtypes], group_of, memory.dtypes, counted], 1)
+    return np.stack([memory.counts * PARTS[memory.dtypes], group_of, memory.dtypes, counted, limited], 1)
 
 
-def is_aligned(addresses: NDArray[np.int64]) -> bool:
-    """Returns whether every address allows the widest loads."""
-    return not (addresses % ALIGNMENT).any()
+def _chunks(facts: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Cuts gradients into as many chunks as their counts say; ordered by group, those with a limit last."""
+    order = np.lexsort((facts[:, 1], facts[:, 4]))
+    counts = counts[order]
+    before = np.repeat(np.cumsum(counts) - counts, counts)
+    return np.stack([np.repeat(order, counts), (np.arange(len(before)) - before) * CHUNK], 1)
 
 
-def refuse_capture(what: str) -> None:
-    """Refuses, while a CUDA graph is captured, what needs tables that are not on the device yet.
+def _bounds(groups: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """Returns where each group starts and ends; `(G, 2)`.
 
     Args:
-        what: What was tried, for the message.
-
-    Raises:
-        SettingError: If a graph is being captured.
+        groups: The groups of some rows, those of one group next to each other.
+        count: How many groups there are.
     """
-    if is_capturing():
-        raise SettingError(
-            'backend="gpu"',
-            got=f"{what}, while a CUDA graph is captured",
-            allowed="a capture after a step outside of it, with gradients of the same shapes and dtypes",
-            advice="run a few steps before the capture, as torch.cuda.graph asks for anyway",
-        )
+    bounds = np.zeros((count, 2), dtype=np.int64)
+    starts = np.flatnonzero(np.diff(groups, prepend=-1))
+    bounds[groups[starts], 0], bounds[groups[starts], 1] = starts, np.append(starts[1:], len(groups))
+    return bounds
 
 
-def _chunks(gradients: Tensor, counts: Tensor) -> Tensor:
-    """Cuts gradients into as many chunks as their counts say, in this order."""
-    before = (counts.cumsum(0) - counts).repeat_interleave(counts)
-    starts = (torch.arange(len(before), device="cpu") - before) * CHUNK
-    return torch.stack([gradients.repeat_interleave(counts), starts], 1)
-
-
-def _uploaded(host: Tensor, device: torch.device) -> Tensor:
-    """Copies to a device from pinned memory, which PyTorch keeps until the copy is done; the host does not wait."""
-    return _pinned(host, device).to(device, non_blocking=True)
+def _spans(bounds: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Cuts the rows of each group into spans; returns where each starts and ends, and its group."""
+    counts = -(-(bounds[:, 1] - bounds[:, 0]) // SPAN)
+    groups = np.repeat(np.arange(len(bounds)), counts)
+    before = np.repeat(np.cumsum(counts) - counts, counts)
+    starts = bounds[groups, 0] + (np.arange(len(groups)) - before) * SPAN
+    return np.stack([starts, np.minimum(starts + SPAN, bounds[groups, 1])], 1), groups
 
 
 def _pinned(host: Tensor, device: torch.device) -> Tensor:
