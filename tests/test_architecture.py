@@ -30,6 +30,7 @@ ROOMS = [
     "tamegrad.torch.optimizers",
     "tamegrad.torch.attach",
     "tamegrad.torch",
+    "tamegrad.jax",
     "tamegrad.terminal",
     "tamegrad.dl4j",
     "tamegrad.study",
