@@ -112,7 +112,7 @@ def _at_leaves(planned: PlannedTree, useful: Array, vectors: Sequence[Array | No
         vectors: The vectors; for one that is None every leaf gets None.
     """
     starts = [leaf.first for leaf in planned.leaves]
-    known = lax.cond(useful, lambda: [jnp.int32(start) for start in starts], lambda: [jnp.int32(0)] * len(starts))
+    known = lax.cond(useful, lambda: [jnp.uint32(start) for start in starts], lambda: [jnp.uint32(0)] * len(starts))
     slots = [None if vector is None else vector[planned.group_of] for vector in vectors]
     return [
         [None if slot is None else _entries(slot, leaf, start) for slot in slots]
@@ -121,9 +121,8 @@ def _at_leaves(planned: PlannedTree, useful: Array, vectors: Sequence[Array | No
 
 
 def _entries(slots: Array, leaf: Leaf, start: Array) -> Array:
-    if not leaf.stacked:
-        return lax.dynamic_index_in_dim(slots, start, keepdims=False)
-    return lax.dynamic_slice(slots, (start,), (leaf.count,))
+    entries = lax.dynamic_slice(slots, (start,), (leaf.count,))
+    return entries if leaf.stacked else entries.reshape(())
 
 
 def _fitting(entries: Array | None, array: Array) -> Any:  # noqa: ANN401  an array or None
@@ -131,6 +130,7 @@ def _fitting(entries: Array | None, array: Array) -> Any:  # noqa: ANN401  an ar
     return entries if entries is None or entries.ndim == 0 else entries.reshape(-1, *[1] * (array.ndim - 1))
 
 
+@jax.jit
 def _applied(
     array: Array, first: Array | None, second: Array | None, limit: Array | None, zeroed: Array | None
 ) -> Array:
@@ -184,7 +184,12 @@ def _inner(
         norm, moving = _fitting(norm, array), _fitting(moving, array)  # noqa: PLW2901  the same, in another shape
         pairs = zip(real_parts(array), real_parts(dot), strict=True)
         products.append((leaf, sum(jnp.where(moving, part / norm, 0) * part_dot for part, part_dot in pairs)))
-    return group_sums(lambda product, _: product, products, planned, settings.axis_names)
+    return group_sums(_itself, products, planned, settings.axis_names)
+
+
+def _itself(array: Array, limit: object) -> Array:
+    del limit
+    return array
 
 
 def _wide(array: Array) -> Array:
