@@ -112,8 +112,13 @@ def _at_leaves(planned: PlannedTree, useful: Array, vectors: Sequence[Array | No
         vectors: The vectors; for one that is None every leaf gets None.
     """
     starts = [leaf.first for leaf in planned.leaves]
-    known = lax.cond(useful, lambda: [jnp.uint32(start) for start in starts], lambda: [jnp.uint32(0)] * len(starts))
     slots = [None if vector is None else vector[planned.group_of] for vector in vectors]
+    known, slots = lax.cond(
+        useful,
+        lambda slots: ([jnp.uint32(start) for start in starts], slots),
+        lambda slots: ([jnp.uint32(0)] * len(starts), slots),
+        slots,
+    )
     return [
         [None if slot is None else _entries(slot, leaf, start) for slot in slots]
         for leaf, start in zip(planned.leaves, known, strict=True)

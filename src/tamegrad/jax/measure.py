@@ -163,8 +163,9 @@ def _square(parts: Parts, array: Array, limit: Any) -> Array:  # noqa: ANN401  a
 
 def _looked_for(parts: Parts, array: Array, limit: Any, factor: Array, counts: Array) -> Array:  # noqa: ANN401
     """Returns squares of scaled values, or in the last round 1 for each value that is not finite."""
-    found = [jnp.where(counts, ~jnp.isfinite(part), jnp.square(part * factor)) for part in parts(array, limit)]
-    return functools.reduce(jnp.add, found)
+    # Both depend on the factor: XLA moves whatever does not out of the loop, where it would run in every step.
+    scaled = [part * factor for part in parts(array, limit)]
+    return functools.reduce(jnp.add, (jnp.where(counts, ~jnp.isfinite(part), jnp.square(part)) for part in scaled))
 
 
 def _limited_parts(array: Array, limit: Any) -> list[Array]:  # noqa: ANN401  a number or an array
