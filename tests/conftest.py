@@ -11,6 +11,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Triton reads this when a kernel is defined, so it is set before any test can import one. Nothing else here uses
 # Triton. On a machine with a GPU, TRITON_INTERPRET=0 compiles the kernels instead.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+# JAX reads this when it is imported: sharded trees need several devices.
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 
 from hypothesis import HealthCheck, settings
 

@@ -47,7 +47,7 @@ def assert_contract(arrays: Arrays, dtype: Any, strategy: object, on_nonfinite: 
                 np.asarray(got).astype(wide), rounded, rtol=tolerance, atol=smallest, err_msg=f"{layer}.{kind}"
             )
             if want.tobytes() == given[layer][kind].tobytes():
-                assert np.asarray(got).tobytes() == np.asarray(gradients[layer][kind]).tobytes(), "bits changed"
+                assert np.asarray(got).tobytes() == np.asarray(gradients[layer][kind]).tobytes(), f"the bits of {layer}.{kind} changed"
 
 
 def assert_same_report(report: Report[Any], expected: Report[Any]) -> None:

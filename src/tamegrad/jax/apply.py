@@ -76,7 +76,7 @@ def _derivative(
     after_dots = tuple(
         _applied_dot(array, dot, *own) for array, dot, own in zip(arrays, dots, factors, strict=True)
     )
-    after_norm_dots = target_dots
+    second_dots, after_norm_dots = scale_dots / outcome.first, target_dots
     if outcome.limits is not None:
         cut = outcome.limits < math.inf
         safe_after = jnp.where(cut, outcome.norms_after, 1.0)
@@ -85,7 +85,13 @@ def _derivative(
         scale_dots = jnp.where(cut, (cut_dots - scales * norm_dots) / safe, scale_dots)
     total = jnp.where((outcome.total_norm > 0) & (outcome.total_norm < math.inf), outcome.total_norm, 1.0)
     total_dot = jnp.sum(safe / total * norm_dots)
-    dots_of = {"norms": norm_dots, "scales": scale_dots, "norms_after": after_norm_dots, "total_norm": total_dot}
+    dots_of = {
+        "norms": norm_dots,
+        "scales": scale_dots,
+        "norms_after": after_norm_dots,
+        "total_norm": total_dot,
+        "second": second_dots,
+    }
     outcome_dots = Outcome(*(dots_of.get(name, _no_dot(value)) for name, value in outcome._asdict().items()))
     return (after, outcome), (after_dots, outcome_dots)
 

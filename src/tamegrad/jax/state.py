@@ -92,6 +92,13 @@ def report_of(state: Any) -> Report[Array]:  # noqa: ANN401  any optimizer state
             advice="pass the part of the state that belongs to one transformation",
         )
     (one,) = found
+    if isinstance(one.names, jax.core.Tracer):
+        raise SettingError(
+            "report_of(state)",
+            got="a state inside of compiled code",
+            allowed="a state that jax.jit, jax.vmap or jax.lax.scan has returned",
+            advice="use the arrays of the state itself there: state.norms",
+        )
     names = np.asarray(one.names)
     if names.ndim != 2:  # noqa: PLR2004  groups and bytes
         raise SettingError(
