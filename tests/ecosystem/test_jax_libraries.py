@@ -3,17 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from tamegrad import Clip, Keep
-
-jax = pytest.importorskip("jax")
-optax = pytest.importorskip("optax")
-
 from tamegrad.jax import normalize_gradients, plan_of, report_of
-
-jnp = jax.numpy
 
 
 def layers_of(tree: Any, **settings: Any) -> dict[str, tuple[str, ...]]:

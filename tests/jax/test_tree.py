@@ -1,19 +1,20 @@
 """Layers and names of a pytree."""
 
-from collections import namedtuple
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import pytest
 
 from tamegrad import Clip, Keep, SettingError, UnmatchedError
-
-jax = pytest.importorskip("jax")
-pytest.importorskip("optax")
-
 from tamegrad.jax import plan_of
 
 ONE = np.ones(2, np.float32)
+
+
+class Dense(NamedTuple):
+    kernel: Any
+    bias: Any
 
 
 def layers_of(tree: Any, **settings: Any) -> dict[str, tuple[str, ...]]:
@@ -29,7 +30,7 @@ def test_leaves_with_one_parent_are_a_layer() -> None:
         "(root)": ("scale",),
     }
     assert layers_of(ONE) == {"(root)": ("array",)}
-    assert layers_of(namedtuple("Dense", "kernel bias")(ONE, ONE)) == {"(root)": ("kernel", "bias")}
+    assert layers_of(Dense(ONE, ONE)) == {"(root)": ("kernel", "bias")}
 
 
 def test_leaves_that_are_no_floating_point_arrays_are_in_no_layer() -> None:
@@ -62,7 +63,9 @@ def test_each_slice_of_a_stack_is_a_layer_named_as_if_it_were_not_stacked() -> N
 
 def test_a_stack_needs_the_same_leading_axis_everywhere() -> None:
     tree = {"blocks": {"bias": np.ones((2, 3)), "kernel": np.ones((4, 3, 3))}}
-    with pytest.raises(SettingError, match="'blocks.kernel': got a leading axis of 4; .*2 in 'blocks', as in 'blocks.bias'"):
+    with pytest.raises(
+        SettingError, match="'blocks.kernel': got a leading axis of 4; .*2 in 'blocks', as in 'blocks.bias'"
+    ):
         plan_of(tree, Keep(), stacked=["blocks"])
     with pytest.raises(SettingError, match="'blocks.scale': got an array without a leading axis"):
         plan_of({"blocks": {"scale": np.ones(())}}, Keep(), stacked=["blocks"])

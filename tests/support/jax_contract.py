@@ -30,7 +30,9 @@ def assert_contract(arrays: Arrays, dtype: Any, strategy: object, on_nonfinite: 
     """Normalizes gradients of a dtype with JAX and compares with the reference."""
     gradients = {layer: {kind: jnp.asarray(g, dtype) for kind, g in types.items()} for layer, types in arrays.items()}
     wide = np.complex128 if jnp.issubdtype(dtype, jnp.complexfloating) else np.float64
-    given = {layer: {kind: np.asarray(g).astype(wide) for kind, g in types.items()} for layer, types in gradients.items()}
+    given = {
+        layer: {kind: np.asarray(g).astype(wide) for kind, g in types.items()} for layer, types in gradients.items()
+    }
     expected, expected_report = normalize(given, strategy, on_nonfinite=on_nonfinite)
     updates, report = transformed(gradients, strategy, on_nonfinite=on_nonfinite)
     assert_same_report(report, expected_report)
@@ -47,7 +49,9 @@ def assert_contract(arrays: Arrays, dtype: Any, strategy: object, on_nonfinite: 
                 np.asarray(got).astype(wide), rounded, rtol=tolerance, atol=smallest, err_msg=f"{layer}.{kind}"
             )
             if want.tobytes() == given[layer][kind].tobytes():
-                assert np.asarray(got).tobytes() == np.asarray(gradients[layer][kind]).tobytes(), f"the bits of {layer}.{kind} changed"
+                assert np.asarray(got).tobytes() == np.asarray(gradients[layer][kind]).tobytes(), (
+                    f"the bits of {layer}.{kind} changed"
+                )
 
 
 def assert_same_report(report: Report[Any], expected: Report[Any]) -> None:

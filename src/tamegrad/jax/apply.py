@@ -66,21 +66,19 @@ def _derivative(
     norms, scales = outcome.norms, outcome.scales
     moves = (outcome.nonfinite == 0) & (norms > 0) & (norms < math.inf) & ~jnp.isnan(scales)
     safe = jnp.where(moves, norms, 1.0)
-    norm_dots = _inner(planned, settings, arrays, dots, safe, moves)
+    norm_dots = _inner(planned, settings, (arrays, dots), safe, moves)
     rules = _rules(planned)
     _, target_dots = jax.jvp(lambda values: rules.targets(values, jnp), (norms,), (norm_dots,))
     target_dots = jnp.where(moves, target_dots, 0.0)
     scale_dots = jnp.where(moves, (target_dots - outcome.first * outcome.second * norm_dots) / safe, 0.0)
     vectors = [moves, scale_dots, outcome.first, outcome.second, outcome.limits, outcome.zeroed]
     factors = _at_leaves(planned, jnp.any(moves), vectors)
-    after_dots = tuple(
-        _applied_dot(array, dot, *own) for array, dot, own in zip(arrays, dots, factors, strict=True)
-    )
+    after_dots = tuple(_applied_dot(array, dot, own) for array, dot, own in zip(arrays, dots, factors, strict=True))
     second_dots, after_norm_dots = scale_dots / outcome.first, target_dots
     if outcome.limits is not None:
         cut = outcome.limits < math.inf
         safe_after = jnp.where(cut, outcome.norms_after, 1.0)
-        cut_dots = _inner(planned, settings, after, after_dots, safe_after, cut)
+        cut_dots = _inner(planned, settings, (after, after_dots), safe_after, cut)
         after_norm_dots = jnp.where(cut, cut_dots, target_dots)
         scale_dots = jnp.where(cut, (cut_dots - scales * norm_dots) / safe, scale_dots)
     total = jnp.where((outcome.total_norm > 0) & (outcome.total_norm < math.inf), outcome.total_norm, 1.0)
@@ -153,17 +151,7 @@ def _applied(
     return after if zeroed is None else jnp.where(zeroed, jnp.zeros_like(after), after)
 
 
-def _applied_dot(
-    array: Array,
-    dot: Array,
-    moves: Array | None,
-    scale_dot: Array | None,
-    first: Array | None,
-    second: Array | None,
-    limit: Array | None,
-    zeroed: Array | None,
-) -> Array:
-    entries = (moves, scale_dot, first, second, limit, zeroed)
+def _applied_dot(array: Array, dot: Array, entries: Sequence[Array | None]) -> Array:
     moves, scale_dot, first, second, limit, zeroed = (_fitting(entry, array) for entry in entries)
     wide, wide_dot = _wide(array), _wide(dot)
     # The values of a group that is not finite must not reach a product, not even with zero.
@@ -185,16 +173,15 @@ def _cut(values: Array, limit: Array) -> Array:
     return held / jnp.where(held == 0, 1, jnp.abs(held)) * limit
 
 
-def _inner(
-    planned: PlannedTree, settings: Settings, arrays: Arrays, dots: Arrays, norms: Array, moves: Array
-) -> Array:
-    """Returns the derivatives of the groups' norms, `Σ g·dg / ‖G‖`; 0 where a group does not move."""
+def _inner(planned: PlannedTree, settings: Settings, pair: tuple[Arrays, Arrays], norms: Array, moves: Array) -> Array:
+    """Returns the derivatives of norms, `Σ g·dg / ‖G‖`, given the values and theirs; 0 where a group does not move."""
     factors = _at_leaves(planned, jnp.any(moves), [norms, moves])
     products = []
-    for leaf, array, dot, (norm, moving) in zip(planned.leaves, arrays, dots, factors, strict=True):
+    for leaf, array, dot, (norm, moving) in zip(planned.leaves, *pair, factors, strict=True):
         norm, moving = _fitting(norm, array), _fitting(moving, array)  # noqa: PLW2901  the same, in another shape
         pairs = zip(real_parts(array), real_parts(dot), strict=True)
-        products.append((leaf, sum(jnp.where(moving, part / norm, 0) * part_dot for part, part_dot in pairs)))
+        terms = [jnp.where(moving, part / norm, 0) * part_dot for part, part_dot in pairs]
+        products.append((leaf, functools.reduce(jnp.add, terms)))
     return group_sums(_itself, products, planned, settings.axis_names)
 
 

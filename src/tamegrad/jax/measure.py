@@ -2,8 +2,8 @@
 
 `P` is the number of slots, `G` the number of groups, and floats are float64 where JAX has it and float32 elsewhere.
 All sums are of squares at a fixed scale, because sums over devices merge into one collective, which maxima do not. As a
-rule one sum a leaf is enough; the sums of values past its range, and the counts of values that are not finite, are taken
-in a loop that runs only in a step in which a group needs them.
+rule one sum a leaf is enough; the sums of values past its range, and the counts of values that are not finite, are
+taken in a loop that runs only in a step in which a group needs them.
 """
 
 import functools
@@ -148,7 +148,8 @@ def _squares(parts: Parts, gradients: Sequence[Gradient], sums: Callable[..., Ar
     # A group with a value that is not finite stays in the middle, whose sum is not finite either.
     is_big = is_big & (big > 0) & (big < jnp.inf)
     is_middle = ~is_small & ~is_big
-    return [*(jnp.where(*pair, none) for pair in ((is_small, small), (is_middle, middle), (is_big, big))), nonfinite]
+    ranges = (is_small, small), (is_middle, middle), (is_big, big)
+    return [*(jnp.where(is_own, own, none) for is_own, own in ranges), nonfinite]
 
 
 @functools.cache

@@ -1,7 +1,6 @@
 """`normalize_gradients`, a transformation that chains before any optimizer of optax."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,8 +43,8 @@ def normalize_gradients(
     key of a leaf's path is its parameter type (`kernel`). Leaves that are not floating-point arrays are left alone.
 
     Sums, norms and scales are float64 if `jax_enable_x64` is set, and float32 else, also for float16 and bfloat16.
-    A zero group stays zero. In float64 every finite gradient gets the right answer; in float32 norms from 1e-38
-    to 3e38 do.
+    A zero group stays zero. In float64 every finite gradient gets the right answer; in float32 norms from 1.2e-38
+    to 3.4e38 do; `docs/jax.md` has the details.
 
     Args:
         policy: A strategy, a member of `GradientNormalization` (threshold 1.0), or a `Policy`.
@@ -69,14 +68,16 @@ def normalize_gradients(
     Example:
         >>> import jax.numpy as jnp
         >>> from tamegrad import Clip
-        >>> from tamegrad.jax import normalize_gradients
+        >>> from tamegrad.jax import normalize_gradients, report_of
         >>> params = {"encoder": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}, "out": {"kernel": jnp.ones(2)}}
         >>> tx = optax.chain(normalize_gradients(Clip(1.0), overrides={"*/bias": None}), optax.sgd(0.1))
         >>> updates, state = tx.update(params, tx.init(params))
         >>> report_of(state).groups
         ('encoder', 'encoder/bias', 'out')
     """
-    settings = _settings(policy, overrides, layers, stacked, on_nonfinite, axis_name)
+    settings = _settings(
+        policy, overrides, layers=layers, stacked=stacked, on_nonfinite=on_nonfinite, axis_name=axis_name
+    )
 
     def init(params: Tree) -> NormalizeState:
         return initial_state(_names(plan_tree(params, settings)))
@@ -126,6 +127,7 @@ def plan_of(
     Example:
         >>> import jax.numpy as jnp
         >>> from tamegrad import Clip
+        >>> from tamegrad.jax import plan_of
         >>> blocks = {"dense": {"kernel": jnp.ones((3, 4, 4)), "bias": jnp.ones((3, 4))}}
         >>> print(plan_of({"blocks": blocks}, Clip(1.0), overrides={"blocks.0.*": None}, stacked=["blocks"]))
         3 layers, 6 parameters, 3 groups
@@ -134,16 +136,17 @@ def plan_of(
         blocks.1.dense  Clip(1, per="layer")  bias kernel
         blocks.2.dense  Clip(1, per="layer")  bias kernel
     """
-    return plan_tree(params, _settings(policy, overrides, layers, stacked, "keep", None)).plan
+    return plan_tree(params, _settings(policy, overrides, layers=layers, stacked=stacked)).plan
 
 
 def _settings(
     policy: object,
     overrides: Overrides | None,
+    *,
     layers: Sequence[str] | None,
     stacked: Sequence[str] | None,
-    on_nonfinite: OnNonfinite,
-    axis_name: str | Sequence[str] | None,
+    on_nonfinite: OnNonfinite = "keep",
+    axis_name: str | Sequence[str] | None = None,
 ) -> Settings:
     checked = as_policy(policy, overrides, "policy")
     check_on_nonfinite(on_nonfinite)
@@ -181,7 +184,9 @@ def _check_state(planned: PlannedTree, state: NormalizeState) -> None:
 def _raise_if_nonfinite(planned: PlannedTree, arrays: Sequence[jax.Array], nonfinite: jax.Array) -> None:
     if isinstance(nonfinite, jax.core.Tracer):
         # Without `checkify.checkify` around the step, JAX refuses to compile it and says so.
-        message = f"normalize_gradients: NaN or infinity in group {{}} of the {len(planned.groups)} in print(plan_of(...))"
+        message = (
+            f"normalize_gradients: NaN or infinity in group {{}} of the {len(planned.groups)} in print(plan_of(...))"
+        )
         checkify.check(jnp.all(nonfinite == 0), message, jnp.argmax(nonfinite != 0))
     elif nonfinite.any():
         counts = {name: counts for name, counts in _counts(planned, arrays) if any(counts)}

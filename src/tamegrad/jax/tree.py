@@ -117,15 +117,12 @@ def plan_tree(tree: Tree, settings: Settings) -> PlannedTree:
     return _planned(structure, sizes, settings)
 
 
-def _size(leaf: object) -> int | None:
+def _size(leaf: Any) -> int | None:  # noqa: ANN401  an array, or anything else
     """Returns the length of the leading axis of a gradient, 0 if it has none; None for a leaf that is no gradient."""
-    dtype = getattr(leaf, "dtype", None)
-    if dtype is None:
-        dtype = jnp.result_type(leaf)
-    if not jnp.issubdtype(dtype, jnp.inexact):
+    if not jnp.issubdtype(getattr(leaf, "dtype", type(leaf)), jnp.inexact):
         return None
-    shape = np.shape(leaf)  # type: ignore[arg-type]  # a leaf
-    return shape[0] if shape else 0
+    shape = jnp.shape(leaf)
+    return int(shape[0]) if shape else 0
 
 
 @lru_cache(maxsize=256)

@@ -3,20 +3,16 @@
 import re
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from tamegrad import Clip, ClipValue
-
-jax = pytest.importorskip("jax")
-pytest.importorskip("optax")
-
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from support.jax_contract import transformed
+from tamegrad import Clip, ClipValue
 from tamegrad.jax import normalize_gradients, report_of
 
-jnp = jax.numpy
 MATRIX, VECTOR, WHOLE = PartitionSpec("data", "model"), PartitionSpec("data"), PartitionSpec()
 
 
@@ -111,8 +107,6 @@ def test_without_axis_names_every_device_has_norms_of_its_own() -> None:
         return updates, state.norms
 
     sharded = placed(tree, {"out": {"w": VECTOR}}, mesh)
-    updates, norms = jax.jit(
-        jax.shard_map(update, mesh=mesh, in_specs=VECTOR, out_specs=(VECTOR, VECTOR))
-    )(sharded)
+    updates, norms = jax.jit(jax.shard_map(update, mesh=mesh, in_specs=VECTOR, out_specs=(VECTOR, VECTOR)))(sharded)
     assert norms.tolist() == list(range(8))
     assert updates["out"]["w"].ravel().tolist() == [0.0, 1.0, *[2.0] * 6]

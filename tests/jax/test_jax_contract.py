@@ -3,21 +3,18 @@
 import math
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
 from support.contract import Case, documented_strategy, every_strategy
+from support.jax_contract import assert_contract, transformed
 from tamegrad import Clip, ClipValue, Policy, Renormalize, normalize
 from tamegrad.strategies import OnNonfinite
 from tamegrad.torch import GradientNormalizer
 
-jax = pytest.importorskip("jax")
-pytest.importorskip("optax")
-
-from support.jax_contract import assert_contract, transformed
-
-jnp = jax.numpy
 # Compiling takes most of the time, so one tree holds the same layers for every strategy. There are layers on both sides
 # of a threshold, so one is enough.
 STRATEGIES = [strategy for strategy in every_strategy() if getattr(strategy, "threshold", 1.0) == 1.0]
@@ -82,14 +79,16 @@ def test_a_group_exactly_at_its_threshold_keeps_its_bits_and_one_above_does_not(
 
 def test_the_same_gradients_give_the_same_result_in_pytorch_jax_and_numpy() -> None:
     rng = np.random.default_rng(1)
-    arrays = {
+    arrays: Any = {
         layer: {kind: rng.standard_normal(shape).astype(np.float32) for kind, shape in types.items()}
         for layer, types in {"a": {"weight": (40, 30), "bias": (40,)}, "b": {"weight": (20, 40)}}.items()
     }
     policy = Policy(Clip(1.0), {"*/bias": Renormalize(per="param_type"), "b": documented_strategy()(0.5)})  # type: ignore[call-arg]
     expected, _ = normalize(arrays, policy)
     in_jax, _ = transformed({layer: dict(types) for layer, types in arrays.items()}, policy)
-    case = Case.of({layer: {k: torch.from_numpy(g.copy()) for k, g in types.items()} for layer, types in arrays.items()})
+    case = Case.of(
+        {layer: {k: torch.from_numpy(g.copy()) for k, g in types.items()} for layer, types in arrays.items()}
+    )
     GradientNormalizer(case.model, policy).normalize_()
     for layer, types in expected.items():
         for kind, want in types.items():
