@@ -15,10 +15,11 @@ test-long: .venv/test  ## the property tests with 20,000 examples a backend; one
 	$(BIN)/python -m pytest tests/contract/test_properties.py --hypothesis-profile=long --timeout=1800
 
 test-oldest: .venv-oldest/test  ## everything with the oldest versions that pyproject.toml allows; downloads gigabytes
-	.venv-oldest/bin/python -m pytest
+	.venv-oldest/bin/python -m pytest --ignore=src/tamegrad/jax --ignore=docs/jax.md
 
 bench: .venv/bench  ## tamegrad's speed beside other tools', about eight minutes; refuses if the contract suite is red
 	$(BIN)/python benchmarks/speed.py --write docs/speed.md
+	$(BIN)/python benchmarks/speed_jax.py --write docs/speed-jax.md
 
 lint: .venv/test
 	$(BIN)/ruff check .

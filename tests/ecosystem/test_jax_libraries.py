@@ -1,5 +1,6 @@
 """Trees of JAX libraries: the names of their layers, a step of training, a checkpoint."""
 
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -90,3 +91,12 @@ def test_flax_serialization_restores_the_report() -> None:
     _, state = optimizer.update(tree, optimizer.init(tree))
     restored = serialization.from_bytes(optimizer.init(tree), serialization.to_bytes(state))
     assert report_of(restored).rows() == report_of(state).rows()
+
+
+def test_the_example_trains_and_draws(tmp_path: Path) -> None:
+    for library in ("flax", "sklearn", "matplotlib"):
+        pytest.importorskip(library)
+    picture = tmp_path / "norms.png"
+    example = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "jax_digits.py"))
+    assert example["main"](str(picture), steps=100) > 0.9
+    assert picture.stat().st_size > 10_000

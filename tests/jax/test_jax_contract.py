@@ -79,9 +79,13 @@ def test_a_group_exactly_at_its_threshold_keeps_its_bits_and_one_above_does_not(
 
 def test_the_same_gradients_give_the_same_result_in_pytorch_jax_and_numpy() -> None:
     rng = np.random.default_rng(1)
-    arrays: Any = {
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {
+        "a": {"bias": (40,), "weight": (40, 30)},
+        "b": {"weight": (20, 40)},
+    }
+    arrays = {
         layer: {kind: rng.standard_normal(shape).astype(np.float32) for kind, shape in types.items()}
-        for layer, types in {"a": {"weight": (40, 30), "bias": (40,)}, "b": {"weight": (20, 40)}}.items()
+        for layer, types in shapes.items()
     }
     policy = Policy(Clip(1.0), {"*/bias": Renormalize(per="param_type"), "b": documented_strategy()(0.5)})  # type: ignore[call-arg]
     expected, _ = normalize(arrays, policy)
