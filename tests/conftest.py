@@ -13,6 +13,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TRITON_INTERPRET", "1")
 # JAX reads this when it is imported: sharded trees need several devices.
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+# Compiling takes most of the time of these tests; this makes it a third.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 from hypothesis import HealthCheck, settings
 

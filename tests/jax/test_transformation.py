@@ -119,6 +119,23 @@ class TestDerivative:
         assert_same(dots, jax.tree.map(jnp.ones_like, tree))
 
 
+@pytest.mark.parametrize(
+    ("of_optax", "strategy"),
+    [(optax.clip_by_global_norm, lambda limit: Clip(limit, per="model")), (optax.clip, ClipValue)],
+    ids=["clip_by_global_norm", "clip"],
+)
+@pytest.mark.parametrize("limit", [0.5, 100.0])
+def test_takes_the_place_of_clipping_by_optax(of_optax: Any, strategy: Any, limit: float) -> None:
+    transformation = of_optax(limit)
+    expected, _ = transformation.update(TREE, transformation.init(TREE))
+    updates, report = transformed(TREE, strategy(limit))
+    assert_same(updates, expected)
+    # Clipping again changes nothing, and a tree under the limit keeps its values.
+    again, _ = transformed(updates, strategy(limit))
+    assert_same(again, expected)
+    assert any(row.clipped for row in report) == (limit < 1)
+
+
 class TestWrappers:
     def test_partition_gives_each_label_its_own_policy(self) -> None:
         optimizer = optax.partition(
