@@ -73,7 +73,7 @@ def normalize_gradients(
         >>> tx = optax.chain(normalize_gradients(Clip(1.0), overrides={"*/bias": None}), optax.sgd(0.1))
         >>> updates, state = tx.update(params, tx.init(params))
         >>> report_of(state).groups
-        ('encoder', 'encoder/bias', 'out')
+        ('encoder/bias', 'encoder', 'out')
     """
     settings = _settings(
         policy, overrides, layers=layers, stacked=stacked, on_nonfinite=on_nonfinite, axis_name=axis_name
