@@ -16,7 +16,7 @@ test-long: .venv/test  ## the property tests with 20,000 examples a backend, and
 	$(BIN)/python -m pytest tests/contract/test_properties.py tests/contract/test_bulk.py --hypothesis-profile=long --timeout=1800
 
 test-oldest: .venv-oldest/test  ## everything with the oldest versions that pyproject.toml allows; downloads gigabytes
-	.venv-oldest/bin/python -m pytest
+	.venv-oldest/bin/python -m pytest --ignore=src/tamegrad/jax --ignore=docs/jax.md
 
 test-ecosystem: .venv-ecosystem/test .venv-ecosystem-older/test  ## with other libraries, minutes; downloads gigabytes
 	.venv-ecosystem/bin/python -m pytest tests/ecosystem
@@ -26,6 +26,7 @@ test-ecosystem: .venv-ecosystem/test .venv-ecosystem-older/test  ## with other l
 bench: .venv/bench  ## tamegrad's speed beside other tools', about ten minutes; refuses if the contract suite is red
 	$(BIN)/python benchmarks/speed.py --write docs/speed.md
 	$(BIN)/python benchmarks/in_backward.py --write docs/step-in-backward.md
+	$(BIN)/python benchmarks/speed_jax.py --write docs/speed-jax.md
 
 # The wheel is tried in an empty environment, first with NumPy alone; -I makes Python ignore the clone.
 dist: .venv-dist/build  ## wheel and sdist, in dist/

@@ -12,6 +12,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Triton reads this when a kernel is defined, so it is set before any test can import one. Nothing else here uses
 # Triton. On a machine with a GPU, TRITON_INTERPRET=0 compiles the kernels instead.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+# JAX reads this when it is imported: sharded trees need several devices.
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+# Compiling takes most of the time of these tests; this makes it a third.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 from hypothesis import HealthCheck, settings
 
@@ -37,5 +41,7 @@ def _is_older(package: str, oldest: tuple[int, int]) -> bool:
 collect_ignore_glob = []
 if _is_older("torch", (2, 6)):
     collect_ignore_glob += ["*sharded*", "torch/sharded/*", "support/warm.py", "benchmarks/*"]
+if _is_older("jax", (0, 10)):
+    collect_ignore_glob += ["jax/*", "ecosystem/test_jax*", "support/jax_contract.py"]
 if _is_older("triton", (3, 5)):
     collect_ignore_glob += ["torch/backends/test_gpu*", "support/interpreted.py"]

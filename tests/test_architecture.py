@@ -34,6 +34,7 @@ ROOMS = [
     "tamegrad.torch.clip_grad",
     "tamegrad.torch.summary",
     "tamegrad.torch",
+    "tamegrad.jax",
     "tamegrad.integrations",
     "tamegrad.streams",
     "tamegrad.terminal",

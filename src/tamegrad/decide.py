@@ -62,6 +62,42 @@ LARGEST_ANYWHERE = 65504.0
 # float64 round to that number from here, and none is infinite.
 FULL = 1 - 2.0**-50
 
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """The floats that a table consists of, and the ranges of its sums.
+
+    Args:
+        small_exponent: Small values are multiplied by two to this power before they are squared.
+        big_exponent: The same for big values.
+        smallest_exponent: The smallest power of two that there is.
+        largest_exponent: The largest.
+        fraction_bits: How many bits stand behind the point.
+        floats: The name of the dtype.
+        integers: The name of the dtype of integers of the same size.
+    """
+
+    small_exponent: int
+    big_exponent: int
+    smallest_exponent: int
+    largest_exponent: int
+    fraction_bits: int
+    floats: str
+    integers: str
+
+    @property
+    def smallest_normal(self) -> float:
+        """The smallest number with all bits behind the point."""
+        return 2.0 ** (1 - self.largest_exponent)
+
+
+# By the size of a number in bytes. Tables are of float64; by default JAX has only float32. There the big factor leaves
+# room for the squares of 2^51 values as large as float32 has them.
+FORMATS = {
+    8: Format(SMALL_EXPONENT, BIG_EXPONENT, SMALLEST_EXPONENT, LARGEST_EXPONENT, 52, "float64", "int64"),
+    4: Format(75, -90, -149, 127, 23, "float32", "int32"),
+}
+
 ArrayT = TypeVar("ArrayT")
 
 
@@ -191,7 +227,8 @@ def decide(
     """Decides on every group from the measurements; never reads a device.
 
     Args:
-        table: `(G, COLUMNS)` float64, as the backends measure it.
+        table: `(G, COLUMNS)` float64, as the backends measure it; float32 where JAX has no float64. Everything that is
+            returned has the same precision.
         rules: The plan's, as arrays of the same framework on the same device.
         xp: Their namespace.
         on_nonfinite: `"zero"` zeroes groups with a NaN or an infinity; with any other choice they are left as they are.
@@ -237,8 +274,9 @@ def decide(
             one, none = np.ones(len(norms)), np.zeros(len(norms), dtype=np.int64)
             return Decision(norms, one, norms, none > 0, none, total_norm, None, None, None, None)
 
-        root, exponent = root[:-1], xp.zeros_like(norms, dtype=xp.int64) if exponent is None else exponent[:-1]
-        nonfinite = xp.asarray(table[:, NONFINITE].sum(1), dtype=xp.int64)
+        integers = getattr(xp, FORMATS[root.dtype.itemsize].integers)
+        root, exponent = root[:-1], xp.zeros_like(norms, dtype=integers) if exponent is None else exponent[:-1]
+        nonfinite = xp.asarray(table[:, NONFINITE].sum(1), dtype=integers)
         finite = nonfinite == 0
         wanted = finite & (root > 0) & (targets != norms)
         usable = (targets >= 0) & (targets < math.inf)
@@ -287,16 +325,17 @@ def _factors(
     Where one float64 holds the scale the first factor is 1. Elsewhere its exponent is split evenly, so that neither
     factor overflows, and no value underflows between them that would not underflow at the end.
     """
-    one = xp.ones_like(root)
+    form, one = FORMATS[root.dtype.itemsize], xp.ones_like(root)
     mantissa, power = xp.frexp(targets)
     root_mantissa, root_power = xp.frexp(root)
     ratio = xp.where(rescaled, mantissa / root_mantissa, one)
     power = xp.where(rescaled, power - root_power - exponent, xp.zeros_like(power))
     scale = _ldexp(xp, ratio, power)
-    fits = (scale >= SMALLEST_NORMAL) & (scale < math.inf)
-    half = xp.clip(power // 2, SMALLEST_EXPONENT, LARGEST_EXPONENT)
+    fits = (scale >= form.smallest_normal) & (scale < math.inf)
+    half = xp.clip(power // 2, form.smallest_exponent, form.largest_exponent)
+    rest = xp.clip(power - half, form.smallest_exponent, form.largest_exponent)
     first = xp.where(fits, one, _ldexp(xp, one, half))
-    second = xp.where(fits, scale, _ldexp(xp, ratio, xp.clip(power - half, SMALLEST_EXPONENT, LARGEST_EXPONENT)))
+    second = xp.where(fits, scale, _ldexp(xp, ratio, rest))
     return first, second, scale
 
 
@@ -330,18 +369,22 @@ def _ceilings(xp: ModuleType, root: AnyArray, exponent: AnyArray, peaks: AnyArra
 
 
 def _ldexp(xp: ModuleType, values: AnyArray, exponent: AnyArray) -> AnyArray:
-    """Multiplies by powers of two that may be past what one float64 holds, and rounds at most once."""
+    """Multiplies by powers of two that may be past what one float holds, and rounds at most once."""
     if xp is np:
         return np.ldexp(values, exponent)
     # PyTorch's ldexp takes its power of two in float32, and JAX's exp2 is not exact.
-    half = xp.clip(exponent // 2, -LARGEST_EXPONENT, LARGEST_EXPONENT)
+    largest = FORMATS[exponent.dtype.itemsize].largest_exponent
+    half = xp.clip(exponent // 2, -largest, largest)
     return values * _power_of_two(xp, half) * _power_of_two(xp, exponent - half)
 
 
 def _power_of_two(xp: ModuleType, exponent: AnyArray) -> AnyArray:
-    """Returns float64 powers of two, subnormal ones included: two normal ones, made of their bits and multiplied."""
-    half = exponent // 2
-    first, second = (((part + LARGEST_EXPONENT) << 52).view(xp.float64) for part in (half, exponent - half))
+    """Returns powers of two, subnormal ones included: two normal ones, made of their bits and multiplied."""
+    form, half = FORMATS[exponent.dtype.itemsize], exponent // 2
+    floats = getattr(xp, form.floats)
+    first, second = (
+        ((part + form.largest_exponent) << form.fraction_bits).view(floats) for part in (half, exponent - half)
+    )
     return first * second
 
 
@@ -351,13 +394,15 @@ def _norm(xp: ModuleType, squares: AnyArray) -> tuple[AnyArray, AnyArray | None]
     if xp is np and not squares[:, ::2].any():
         # The usual case, which only the host can afford to look for.
         return np.sqrt(middle), None
+    form = FORMATS[squares.dtype.itemsize]
+    small_factor, big_factor = 2.0**form.small_exponent, 2.0**form.big_exponent
     is_big, is_small = big > 0, (big == 0) & (middle == 0)
     # In the big range the smallest values no longer count; below it, small and middle ones may both.
-    root_big = xp.sqrt(big + middle * BIG_FACTOR * BIG_FACTOR)
-    root_middle = xp.hypot(xp.sqrt(middle), xp.sqrt(small) / SMALL_FACTOR)
+    root_big = xp.hypot(xp.sqrt(big), xp.sqrt(middle) * big_factor)
+    root_middle = xp.hypot(xp.sqrt(middle), xp.sqrt(small) / small_factor)
     root = xp.where(is_big, root_big, xp.where(is_small, xp.sqrt(small), root_middle))
-    none = xp.zeros_like(root, dtype=xp.int64)
-    exponent = xp.where(is_big, none - BIG_EXPONENT, xp.where(is_small, none - SMALL_EXPONENT, none))
+    none = xp.zeros_like(root, dtype=getattr(xp, form.integers))
+    exponent = xp.where(is_big, none - form.big_exponent, xp.where(is_small, none - form.small_exponent, none))
     return root, exponent
 
 

@@ -14,7 +14,10 @@ from tamegrad.strategies import Strategy
 
 __all__ = ["Group", "Layer", "Parameter", "Plan", "check_overrides", "make_plan", "unmatched_overrides"]
 
-_ADVICE = "print(normalizer.plan), made without overrides, shows every layer and its parameter types"
+_ADVICE = (
+    "print(normalizer.plan), in JAX print(plan_of(params, None)), made without overrides, shows every layer and its "
+    "parameter types"
+)
 
 
 @dataclass(frozen=True, slots=True)
