@@ -263,8 +263,8 @@ def normalize_grad_(
         What was done.
 
     Raises:
-        SettingError: As `GradientNormalizer` does, for sinks, and if a threshold stands beside a strategy or a policy,
-            or a dictionary holds gradients beside something else. No gradient was changed.
+        SettingError: As `GradientNormalizer` does; if a threshold stands beside a strategy or a policy, or a dictionary
+            holds gradients beside something else; and for sinks. No gradient was changed.
         UnmatchedError: As `GradientNormalizer` does.
         NonFiniteGradientError: As `GradientNormalizer.normalize_` does.
 
