@@ -16,6 +16,7 @@ ROOMS = [
     "tamegrad.policy",
     "tamegrad.groups",
     "tamegrad.report",
+    "tamegrad.ranges",
     "tamegrad.decide",
     "tamegrad.reference",
     "tamegrad",

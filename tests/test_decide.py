@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from support.contract import DECIDED, every_strategy
 from support.tables import a_table
 from tamegrad import Clip, ClipValue, GradientNormalization, Keep, Policy, Renormalize, SettingError, Strategy
-from tamegrad.decide import AFTER, BEFORE, BIG_FACTOR, COLUMNS, CUT, NONFINITE, Rules, decide
+from tamegrad.decide import AFTER, BEFORE, COLUMNS, CUT, NONFINITE, Rules, decide
 from tamegrad.groups import Group
+from tamegrad.ranges import BIG_FACTOR
 from tamegrad.strategies import OnNonfinite
 
 GROUPS = 300

@@ -1,9 +1,8 @@
 """The step between measuring and applying: one pure function on one small table, for NumPy, PyTorch and JAX arrays.
 
 `G` is the number of groups. Backends measure a `(G, COLUMNS)` float64 table of sums, which add up over tensors, devices
-and ranks. Squares are summed in three ranges (J. L. Blue, A Portable Fortran Program to Find the Euclidean
-Norm of a Vector, ACM TOMS 4(1), 1978, with the constants of LAPACK's dnrm2), so that no finite float64 overflows or
-underflows; the squares of float32 and smaller dtypes all fit the middle range.
+and ranks. Squares are summed in three ranges (`tamegrad.ranges`), so that no finite float64 overflows or underflows;
+those of float32 and smaller dtypes all fit the middle range.
 
 `xp` is the namespace of the arrays: `numpy`, `torch` or `jax.numpy`.
 """
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 
 from tamegrad.errors import SettingError
 from tamegrad.groups import Group
+from tamegrad.ranges import FORMATS, LARGEST_EXPONENT, ldexp, norms_of
 from tamegrad.strategies import AnyArray, OnNonfinite, Strategy
 
 __all__ = [
@@ -46,57 +46,12 @@ COLUMNS = 10
 # The columns that are zero where a group is finite and no element of it is cut.
 CHANGES = (3, 4, 5, 9)
 
-SMALL_BELOW, BIG_ABOVE = 2.0**-511, 2.0**486
-# What values are multiplied by before they are squared.
-SMALL_EXPONENT, BIG_EXPONENT = 537, -538
-SMALL_FACTOR, BIG_FACTOR = 2.0**SMALL_EXPONENT, 2.0**BIG_EXPONENT
-SMALLEST_NORMAL = 2.0**-1022
-# A sum of squares between these is accurate: no square overflowed, and squares below the smallest normal number are too
-# few to matter in a tensor, or a piece of one.
-SAFE_ABOVE, SAFE_BELOW = 2.0**-900, 2.0**972
-# The powers of two that a float64 holds.
-SMALLEST_EXPONENT, LARGEST_EXPONENT = -1074, 1023
 # The largest number of float16: up to here no dtype overflows.
 LARGEST_ANYWHERE = 65504.0
 # What an element may become where it has to be limited, as a part of the largest number of its dtype. Products of
 # float64 round to that number from here, and none is infinite.
 FULL = 1 - 2.0**-50
 
-
-@dataclass(frozen=True, slots=True)
-class Format:
-    """The floats that a table consists of, and the ranges of its sums.
-
-    Args:
-        small_exponent: Small values are multiplied by two to this power before they are squared.
-        big_exponent: The same for big values.
-        smallest_exponent: The smallest power of two that there is.
-        largest_exponent: The largest.
-        fraction_bits: How many bits stand behind the point.
-        floats: The name of the dtype.
-        integers: The name of the dtype of integers of the same size.
-    """
-
-    small_exponent: int
-    big_exponent: int
-    smallest_exponent: int
-    largest_exponent: int
-    fraction_bits: int
-    floats: str
-    integers: str
-
-    @property
-    def smallest_normal(self) -> float:
-        """The smallest number with all bits behind the point."""
-        return 2.0 ** (1 - self.largest_exponent)
-
-
-# By the size of a number in bytes. Tables are of float64; by default JAX has only float32. There the big factor leaves
-# room for the squares of 2^51 values as large as float32 has them.
-FORMATS = {
-    8: Format(SMALL_EXPONENT, BIG_EXPONENT, SMALLEST_EXPONENT, LARGEST_EXPONENT, 52, "float64", "int64"),
-    4: Format(75, -90, -149, 127, 23, "float32", "int32"),
-}
 
 ArrayT = TypeVar("ArrayT")
 
@@ -262,11 +217,11 @@ def decide(
         sums = table.sum(0)
         # The last row is of everything.
         squares = xp.concatenate([table[:, BEFORE], (sums if total is None else total)[None, BEFORE]])
-        root, exponent = (xp.sqrt(squares[:, 1]), None) if middle_only else _norm(xp, squares)
+        root, exponent = (xp.sqrt(squares[:, 1]), None) if middle_only else norms_of(xp, squares)
         if loss_scale is not None:
             root = root / loss_scale
         # Only the host can afford to look whether the exponents are zero, as they usually are.
-        all_norms = root if exponent is None else _ldexp(xp, root, exponent)
+        all_norms = root if exponent is None else ldexp(xp, root, exponent)
         norms, total_norm = all_norms[:-1], all_norms[-1]
         targets = rules.targets(norms, xp)
         if xp is np and not sums.take(CHANGES).any() and (targets == norms).all():
@@ -330,12 +285,12 @@ def _factors(
     root_mantissa, root_power = xp.frexp(root)
     ratio = xp.where(rescaled, mantissa / root_mantissa, one)
     power = xp.where(rescaled, power - root_power - exponent, xp.zeros_like(power))
-    scale = _ldexp(xp, ratio, power)
+    scale = ldexp(xp, ratio, power)
     fits = (scale >= form.smallest_normal) & (scale < math.inf)
     half = xp.clip(power // 2, form.smallest_exponent, form.largest_exponent)
     rest = xp.clip(power - half, form.smallest_exponent, form.largest_exponent)
-    first = xp.where(fits, one, _ldexp(xp, one, half))
-    second = xp.where(fits, scale, _ldexp(xp, ratio, rest))
+    first = xp.where(fits, one, ldexp(xp, one, half))
+    second = xp.where(fits, scale, ldexp(xp, ratio, rest))
     return first, second, scale
 
 
@@ -349,13 +304,13 @@ def _after(
     middle_only: bool,
 ) -> tuple[AnyArray, AnyArray]:
     """Returns the norms after, of `(G, 3)` sums of squares, and their ratio to norms `root·2^exponent`."""
-    after, exponent_after = (xp.sqrt(squares[:, 1]), None) if middle_only else _norm(xp, squares)
+    after, exponent_after = (xp.sqrt(squares[:, 1]), None) if middle_only else norms_of(xp, squares)
     if loss_scale is not None:
         after = after / loss_scale
     if middle_only:
         return after, after / root
     exponent_after = xp.zeros_like(exponent) if exponent_after is None else exponent_after
-    return _ldexp(xp, after, exponent_after), _ldexp(xp, after / root, exponent_after - exponent)
+    return ldexp(xp, after, exponent_after), ldexp(xp, after / root, exponent_after - exponent)
 
 
 def _ceilings(xp: ModuleType, root: AnyArray, exponent: AnyArray, peaks: AnyArray) -> AnyArray:
@@ -364,46 +319,8 @@ def _ceilings(xp: ModuleType, root: AnyArray, exponent: AnyArray, peaks: AnyArra
     root_mantissa, root_power = xp.frexp(root)
     # The largest float64 is 2^1024, but for its last bit.
     ratio = root_mantissa * FULL / mantissa
-    ceilings = _ldexp(xp, ratio, root_power - power + exponent + (LARGEST_EXPONENT + 1))
+    ceilings = ldexp(xp, ratio, root_power - power + exponent + (LARGEST_EXPONENT + 1))
     return xp.where(peaks > 0, ceilings, math.inf)
-
-
-def _ldexp(xp: ModuleType, values: AnyArray, exponent: AnyArray) -> AnyArray:
-    """Multiplies by powers of two that may be past what one float holds, and rounds at most once."""
-    if xp is np:
-        return np.ldexp(values, exponent)
-    # PyTorch's ldexp takes its power of two in float32, and JAX's exp2 is not exact.
-    largest = FORMATS[exponent.dtype.itemsize].largest_exponent
-    half = xp.clip(exponent // 2, -largest, largest)
-    return values * _power_of_two(xp, half) * _power_of_two(xp, exponent - half)
-
-
-def _power_of_two(xp: ModuleType, exponent: AnyArray) -> AnyArray:
-    """Returns powers of two, subnormal ones included: two normal ones, made of their bits and multiplied."""
-    form, half = FORMATS[exponent.dtype.itemsize], exponent // 2
-    floats = getattr(xp, form.floats)
-    first, second = (
-        ((part + form.largest_exponent) << form.fraction_bits).view(floats) for part in (half, exponent - half)
-    )
-    return first * second
-
-
-def _norm(xp: ModuleType, squares: AnyArray) -> tuple[AnyArray, AnyArray | None]:
-    """Combines the three ranges of `(G, 3)` sums of squares to norms `root·2^exponent`; None stands for zeros."""
-    small, middle, big = squares[:, 0], squares[:, 1], squares[:, 2]
-    if xp is np and not squares[:, ::2].any():
-        # The usual case, which only the host can afford to look for.
-        return np.sqrt(middle), None
-    form = FORMATS[squares.dtype.itemsize]
-    small_factor, big_factor = 2.0**form.small_exponent, 2.0**form.big_exponent
-    is_big, is_small = big > 0, (big == 0) & (middle == 0)
-    # In the big range the smallest values no longer count; below it, small and middle ones may both.
-    root_big = xp.hypot(xp.sqrt(big), xp.sqrt(middle) * big_factor)
-    root_middle = xp.hypot(xp.sqrt(middle), xp.sqrt(small) / small_factor)
-    root = xp.where(is_big, root_big, xp.where(is_small, xp.sqrt(small), root_middle))
-    none = xp.zeros_like(root, dtype=getattr(xp, form.integers))
-    exponent = xp.where(is_big, none - form.big_exponent, xp.where(is_small, none - form.small_exponent, none))
-    return root, exponent
 
 
 def _floats(strategy: Strategy) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from hypothesis import settings
 from support import bulk
 from support.bulk import GROUPS, IS_EXACT, assert_all_groups_are_right
 from support.contract import QUICK_BACKENDS
-from tamegrad import decide
+from tamegrad import decide, ranges
 from tamegrad.torch.memory import DTYPES
 
 pytestmark = pytest.mark.skipif(not IS_EXACT, reason="NumPy's longdouble has no 80 bits here")
@@ -28,16 +28,18 @@ def test_every_group_of_thousands_is_right(backend: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "wrong", "found"),
+    ("owner", "name", "wrong", "found"),
     [
         # An element that is limited ends a little too low.
-        ("FULL", 1 - 2.0**-47, "norms_after"),
+        (decide, "FULL", 1 - 2.0**-47, "norms_after"),
         # A scale may be subnormal, with fewer bits.
-        ("SMALLEST_NORMAL", 0.0, "values"),
+        (ranges.Format, "smallest_normal", 0.0, "values"),
     ],
 )
-def test_the_check_finds_small_errors(name: str, wrong: float, found: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decide, name, wrong)
+def test_the_check_finds_small_errors(
+    owner: object, name: str, wrong: float, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(owner, name, wrong)
     with pytest.raises(AssertionError, match=found):
         assert_all_groups_are_right(1, "cpu")
 

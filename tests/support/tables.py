@@ -3,7 +3,8 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from tamegrad.decide import BIG_ABOVE, BIG_FACTOR, COLUMNS, SMALL_BELOW, SMALL_FACTOR
+from tamegrad.decide import COLUMNS
+from tamegrad.ranges import BIG_ABOVE, BIG_FACTOR, SMALL_BELOW, SMALL_FACTOR
 
 __all__ = ["a_table"]
 

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from tamegrad.decide import FORMATS
 from tamegrad.jax.tree import Leaf, PlannedTree
+from tamegrad.ranges import FORMATS
 
 __all__ = ["Gradient", "float_dtype", "group_sums", "measured", "real_parts"]
 

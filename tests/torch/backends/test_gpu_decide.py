@@ -18,8 +18,9 @@ from support.gradients import model_with
 from support.interpreted import MARKS, patched_once
 from support.tables import a_table
 from tamegrad import Clip, ClipValue, Keep, Renormalize
-from tamegrad.decide import AFTER, BEFORE, BIG_FACTOR, COLUMNS, CUT, NONFINITE, Decision, Rules, decide
+from tamegrad.decide import AFTER, BEFORE, COLUMNS, CUT, NONFINITE, Decision, Rules, decide
 from tamegrad.groups import Group, Layer, Parameter, Plan
+from tamegrad.ranges import BIG_FACTOR
 from tamegrad.strategies import OnNonfinite, Strategy
 from tamegrad.torch import GradientNormalizer
 from tamegrad.torch.backends import gpu

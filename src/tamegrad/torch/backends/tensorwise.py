@@ -7,19 +7,8 @@ that the float64 temporaries have a bounded size.
 import torch
 from torch import Tensor
 
-from tamegrad.decide import (
-    AFTER,
-    BEFORE,
-    BIG_ABOVE,
-    BIG_FACTOR,
-    COLUMNS,
-    CUT,
-    NONFINITE,
-    SAFE_ABOVE,
-    SAFE_BELOW,
-    SMALL_BELOW,
-    SMALL_FACTOR,
-)
+from tamegrad.decide import AFTER, BEFORE, COLUMNS, CUT, NONFINITE
+from tamegrad.ranges import BIG_ABOVE, BIG_FACTOR, SAFE_ABOVE, SAFE_BELOW, SMALL_BELOW, SMALL_FACTOR
 from tamegrad.torch.memory import NARROW_DTYPES, flattened
 
 __all__ = ["SMALLEST_LIMIT", "as_real", "change_", "count_nonfinite", "measured", "pieces_of"]

@@ -43,7 +43,7 @@ _log = logging.getLogger("tamegrad")
 
 # The files that compiled code comes from: the functions of this folder, and the constants of `decide`.
 _FOLDER = Path(__file__).parent
-SOURCES = (*sorted(_FOLDER.glob("*.py")), *_FOLDER.parents[2].glob("decide.py"))
+SOURCES = (*sorted(_FOLDER.glob("*.py")), *_FOLDER.parents[2].glob("ranges.py"))
 
 
 def digest(files: Iterable[Path]) -> str:

@@ -15,14 +15,7 @@ import numpy as np
 from numba import carray
 from numba.extending import overload
 
-from tamegrad.decide import (
-    BIG_ABOVE,
-    BIG_FACTOR,
-    SAFE_ABOVE,
-    SAFE_BELOW,
-    SMALL_BELOW,
-    SMALL_FACTOR,
-)
+from tamegrad.ranges import BIG_ABOVE, BIG_FACTOR, SAFE_ABOVE, SAFE_BELOW, SMALL_BELOW, SMALL_FACTOR
 from tamegrad.torch.backends.cpu.compiler import (
     Entry,
     half_to_single,

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from numpy.typing import NDArray
 
-from tamegrad import decide
+from tamegrad import decide, ranges
 from tamegrad.groups import Group
 from tamegrad.strategies import Clip, ClipValue, Keep, Renormalize
 from tamegrad.torch.backends.gpu.kernels import AFTER, BEFORE, COLUMNS, CUT, NONFINITE
@@ -18,11 +18,11 @@ from tamegrad.torch.backends.gpu.values import BIG_FACTOR, INFINITY, SMALL_FACTO
 
 __all__ = ["NUMBERS", "decide_groups", "target_bounds"]
 
-SMALLEST_NORMAL = tl.constexpr(decide.SMALLEST_NORMAL)
+SMALLEST_NORMAL = tl.constexpr(ranges.SMALLEST_NORMAL)
 FULL = tl.constexpr(decide.FULL)
-SMALLEST_EXPONENT, LARGEST_EXPONENT = tl.constexpr(decide.SMALLEST_EXPONENT), tl.constexpr(decide.LARGEST_EXPONENT)
+SMALLEST_EXPONENT, LARGEST_EXPONENT = tl.constexpr(ranges.SMALLEST_EXPONENT), tl.constexpr(ranges.LARGEST_EXPONENT)
 # The roots of the small and the big range are in units of these powers of two.
-SMALL_UNIT, BIG_UNIT = tl.constexpr(-decide.SMALL_EXPONENT), tl.constexpr(-decide.BIG_EXPONENT)
+SMALL_UNIT, BIG_UNIT = tl.constexpr(-ranges.SMALL_EXPONENT), tl.constexpr(-ranges.BIG_EXPONENT)
 
 # The rows of float64 that `decide_groups` writes, named as in `Decision`. The last has one number.
 NUMBERS = ("norms", "scales", "norms_after", "first", "second", "limits", "total_norm")

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tamegrad import decide
+from tamegrad import ranges
 from tamegrad.torch.memory import DTYPES
 
 __all__ = [
@@ -33,8 +33,8 @@ SIZES = tl.constexpr(tuple(dtype.itemsize // 2 if dtype.is_complex else dtype.it
 # The widest loads of a thread need addresses that are multiples of this many bytes.
 WIDEST = tl.constexpr(16)
 
-SMALL_BELOW, BIG_ABOVE = tl.constexpr(decide.SMALL_BELOW), tl.constexpr(decide.BIG_ABOVE)
-SMALL_FACTOR, BIG_FACTOR = tl.constexpr(decide.SMALL_FACTOR), tl.constexpr(decide.BIG_FACTOR)
+SMALL_BELOW, BIG_ABOVE = tl.constexpr(ranges.SMALL_BELOW), tl.constexpr(ranges.BIG_ABOVE)
+SMALL_FACTOR, BIG_FACTOR = tl.constexpr(ranges.SMALL_FACTOR), tl.constexpr(ranges.BIG_FACTOR)
 INFINITY = tl.constexpr(math.inf)
 
 
