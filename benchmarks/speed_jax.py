@@ -26,7 +26,7 @@ __all__ = ["main", "measure"]
 
 COUNTS, ROUNDS, WIDTH = (10, 100, 1000), 60, 64
 # Above this, tracing a partition takes minutes.
-MOST_LABELS = 1000
+MOST_LABELS = 100
 
 
 @dataclass(frozen=True)
