@@ -10,7 +10,7 @@ run: .venv/run  ## the main job: one network under every strategy
 	$(BIN)/tamegrad compare
 
 test: .venv/test  ## everything, on all cores
-	$(BIN)/python -m pytest --numprocesses auto
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 test-long: .venv/test  ## the property tests with 20,000 examples a backend, and a million groups in bulk
 	$(BIN)/python -m pytest tests/contract/test_properties.py tests/contract/test_bulk.py --hypothesis-profile=long --timeout=1800
