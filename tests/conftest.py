@@ -1,6 +1,6 @@
 """Sets up one thread a test, Triton's interpreter, and the profiles of the property tests.
 
-The profiles draw the same examples in every run: a few hundred or, for `make test-long`, many more.
+The profiles draw the same examples in every run: about a hundred or, for `make test-long`, many more.
 """
 
 import os
@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, settings
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 common = settings(derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
-settings.register_profile("default", common, max_examples=200)
+settings.register_profile("default", common, max_examples=120)
 settings.register_profile("long", common, max_examples=5_000)
 settings.load_profile("default")
 
