@@ -126,6 +126,7 @@ class TestLifetimes:
 
         model, optimizer, normalizer = trial()
         assert optimizer() is None
+        assert normalizer is None or not normalizer.attached
         assert (model() is None) != keeps_normalizer
         del normalizer
         assert model() is None

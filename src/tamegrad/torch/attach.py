@@ -115,8 +115,8 @@ class AttachedNormalizer:
 
     @property
     def attached(self) -> bool:
-        """Whether an optimizer calls this normalizer: not after `detach`, and not in a copy."""
-        return self._hooks is not None
+        """Whether an optimizer calls this normalizer: not after `detach`, in a copy, or once the optimizer is gone."""
+        return self._hooks is not None and bool(self._hooks.optimizers)
 
     @property
     def report(self) -> Report[Tensor] | None:
