@@ -6,6 +6,7 @@ The profiles draw the same examples in every run: about a hundred or, for `make 
 import os
 import signal
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 # Small tensors on several threads take longer, and cost all cores; what tests threads sets their number itself.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -17,7 +18,11 @@ os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 # Compiling takes most of the time of these tests; this makes it a third.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
+import pytest
 from hypothesis import HealthCheck, settings
+
+from support.command import Run
+from tamegrad import cli
 
 # A shell makes its background jobs ignore Ctrl-C, and so would the processes of the tests that press it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -46,3 +51,18 @@ if _is_older("jax", (0, 10)):
     collect_ignore_glob += ["jax_trees/*", "ecosystem/test_jax*", "support/jax_contract.py"]
 if _is_older("triton", (3, 5)):
     collect_ignore_glob += ["torch/backends/test_gpu*", "support/interpreted.py"]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs the command in an empty folder; returns exit code, output and errors."""
+    monkeypatch.chdir(tmp_path)
+
+    def start(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(arguments)
+        assert isinstance(exit_.value.code, int)
+        captured = capsys.readouterr()
+        return exit_.value.code, captured.out, captured.err
+
+    return start

@@ -20,6 +20,7 @@ ROOMS = [
     "tamegrad.decide",
     "tamegrad.reference",
     "tamegrad",
+    "tamegrad.torch.living",
     "tamegrad.torch.memory",
     "tamegrad.torch.sharded",
     "tamegrad.torch.step_log",

@@ -1,33 +1,14 @@
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from support.command import OPTIONS, Run
 from support.processes import run_python
 from tamegrad import __version__, cli
 from tamegrad.study import command
 from tamegrad.study.settings import STRATEGIES
-
-Run = Callable[..., tuple[int, str, str]]
-OPTIONS = ["--text", "--network", "--strategy", "--threshold", "--steps", "--seed", "--seeds", "--lr", "--out"]
-
-
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs the command in an empty folder; returns exit code, output and errors."""
-    monkeypatch.chdir(tmp_path)
-
-    def start(*arguments: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as exit_:
-            cli.main(arguments)
-        assert isinstance(exit_.value.code, int)
-        captured = capsys.readouterr()
-        return exit_.value.code, captured.out, captured.err
-
-    return start
-
 
 # Options and help
 

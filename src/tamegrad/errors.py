@@ -2,11 +2,11 @@
 
 import copyreg
 import difflib
-import sys
-import traceback
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import currentframe
+from traceback import walk_stack
 
 __all__ = [
     "MissingExtraError",
@@ -202,7 +202,7 @@ def users_line() -> Line:
     users. If every call is of one of these, it is the outermost.
     """
     line = Line("<unknown>", 1)
-    for frame, number in traceback.walk_stack(sys._getframe(1)):  # noqa: SLF001
+    for frame, number in walk_stack(currentframe()):
         line = Line(frame.f_code.co_filename, number)
         if str(frame.f_globals.get("__name__")).partition(".")[0] not in _LIBRARIES:
             break

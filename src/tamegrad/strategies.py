@@ -96,8 +96,8 @@ class Strategy:
     def grows_to(self) -> float:
         """The largest norm that `target` may give a group whose norm is smaller; 0 if no norm ever grows.
 
-        Infinity unless the strategy says otherwise: then a step also checks that no element grows past the largest
-        number of its dtype, which on a device takes one more look at every value.
+        The default, infinity, makes every step check that no element overflows its dtype, which on a device takes one
+        more pass over the gradients.
         """
         return math.inf
 

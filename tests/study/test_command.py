@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from tamegrad import __version__, cli
+from support.command import OPTIONS, Run
+from tamegrad import __version__
 from tamegrad.errors import quoted
 from tamegrad.study import command
 from tamegrad.study.network import ByteNetwork
@@ -26,25 +27,8 @@ from tamegrad.study.results import write_results
 from tamegrad.study.settings import STRATEGIES
 from tamegrad.study.table import Bars
 
-Run = Callable[..., tuple[int, str, str]]
-OPTIONS = ["--text", "--network", "--strategy", "--threshold", "--steps", "--seed", "--seeds", "--lr", "--out"]
 QUICK = ("--steps", "1", "--strategy", "None")
 LINE = re.compile(r"tamegrad.+: got .+; allowed: .+; next: .+\n")
-
-
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs the command in an empty folder; returns exit code, output and errors."""
-    monkeypatch.chdir(tmp_path)
-
-    def start(*arguments: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as exit_:
-            cli.main(arguments)
-        assert isinstance(exit_.value.code, int)
-        captured = capsys.readouterr()
-        return exit_.value.code, captured.out, captured.err
-
-    return start
 
 
 @pytest.fixture(scope="session")
@@ -74,7 +58,7 @@ def test_compares_and_names_the_output(run: Run, song: str, tmp_path: Path) -> N
     code, out, err = run("compare", "--text", song, "--steps", "2", "--seed", "3", "--out", "here/there")
     assert code == 0
     assert "Page:    here/there/index.html" in out
-    assert "Pass --seeds 5 to see what lasts." in out
+    assert "Pass --seeds 5 to compare over five seeds." in out
     assert all(name in out and name in err for name in STRATEGIES)
     document = numbers(tmp_path / "here" / "there")
     assert document["schema"] == 2

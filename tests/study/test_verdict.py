@@ -27,8 +27,8 @@ def test_one_seed_names_strategies_within_the_margin_together_and_recommends_non
     assert judge([run_of("a", 3.0), run_of("b", 2.51), run_of("c", 2.5)]) == Verdict(
         None,
         ("c", "b"),
-        f"One seed cannot tell apart c (2.500) and b (2.510): they ended within {MARGIN} nats of the lowest held-out "
-        "loss. Pass --seeds 5 to see what lasts.",
+        f"One seed is not enough to rank c (2.500) and b (2.510): they ended within {MARGIN} nats of the lowest "
+        "held-out loss. Pass --seeds 5 to compare over five seeds.",
     )
 
 
@@ -37,7 +37,7 @@ def test_one_seed_recommends_none_however_large_the_lead() -> None:
         None,
         ("b",),
         "b ended with the lowest held-out loss, 1.000, 2.000 below the next, a; that is one seed. "
-        "Pass --seeds 5 to see what lasts.",
+        "Pass --seeds 5 to compare over five seeds.",
     )
 
 
@@ -97,7 +97,7 @@ def test_strategies_that_the_seeds_cannot_tell_apart_are_named_together() -> Non
     assert judge(runs) == Verdict(
         None,
         ("a", "b"),
-        "3 seeds cannot tell apart a (2.500) and b (2.600), the lowest mean held-out losses. More --seeds may tell.",
+        "3 seeds are not enough to rank a (2.500) and b (2.600), the lowest mean held-out losses. Try more --seeds.",
     )
 
 

@@ -12,21 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
+from support.training import a_model, backward
 from tamegrad import Clip, Policy, Renormalize, SettingError, TamegradWarning, UnmatchedError
 from tamegrad.torch import AttachedNormalizer, GradientNormalizer, attach
-
-
-def a_model() -> Any:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-
-
-def backward(model: nn.Module) -> Any:
-    loss = (100 * model(torch.ones(5, 3))).square().sum()
-    loss.backward()
-    return loss
 
 
 class OutOfMemoryError(Exception):

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 from support.contract import QUICK_BACKENDS
 from support.gradients import model_with
 from tamegrad import Clip, ClipValue, SettingError
-from tamegrad.torch import GradientNormalizer
+from tamegrad.torch import GradientNormalizer, Summary
 from tamegrad.torch.backends.cpu import CpuBackend
 from tamegrad.torch.memory import HeldMemory
 
@@ -368,11 +368,14 @@ def other_default_device() -> Iterator[None]:
 def test_another_default_device_changes_nothing(on_nonfinite: Any, strategy: Any, backend: Any) -> None:
     model = nn.Sequential(nn.Linear(3, 4, device="cpu"), nn.Linear(4, 2, device="cpu"))
     normalizer = GradientNormalizer(model, strategy, on_nonfinite=on_nonfinite, backend=backend)
+    summary = Summary()
     for value in (3.0, 30.0):
         for parameter in model.parameters():
             parameter.grad = torch.full(parameter.shape, value, device="cpu")
         report = normalizer.normalize_()
+        summary.update(report)
     assert report.norms.device.type == "cpu"
+    assert [row.largest for row in summary] == report.norms.tolist()
     assert report.norms.tolist() == pytest.approx([30 * math.sqrt(16), 30 * math.sqrt(10)])
     assert normalizer.nonfinite_steps == {}
     assert all(parameter.grad is not None and parameter.grad.norm() <= 1.001 for parameter in model.parameters())

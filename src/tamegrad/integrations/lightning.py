@@ -8,7 +8,7 @@ import importlib
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
-from typing import Any, Self, Unpack
+from typing import Any, Self, TypeAlias, Unpack
 
 from numpy.typing import NDArray
 from torch import nn
@@ -26,6 +26,10 @@ require_one_of(("lightning", "pytorch_lightning"), module=__name__, install="lig
 
 # The same code is published under two names, and a trainer takes the callbacks of its own.
 _LIBRARIES = ("lightning.pytorch", "pytorch_lightning")
+
+
+# Of either library: to import its class here would choose one.
+Trainer: TypeAlias = Any
 
 
 class NormalizeGradients:
@@ -94,7 +98,7 @@ class NormalizeGradients:
         self._counters: list[Mapping[str, Any]] = []
         self._for_loggers: list[_ForLoggers] = []
 
-    def on_fit_start(self, trainer: Any, pl_module: nn.Module) -> None:  # noqa: ANN401
+    def on_fit_start(self, trainer: Trainer, pl_module: nn.Module) -> None:
         """Refuses a trainer that clips as well.
 
         Raises:
@@ -109,7 +113,7 @@ class NormalizeGradients:
                 advice='leave gradient_clip_val out; Clip(threshold, per="model") does the same',
             )
 
-    def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:  # noqa: ANN401
+    def on_train_start(self, trainer: Trainer, pl_module: nn.Module) -> None:
         """Attaches to the optimizers.
 
         Raises:
@@ -130,7 +134,7 @@ class NormalizeGradients:
             if number < len(counters):
                 normalizer.load_state_dict(counters[number])
 
-    def on_train_batch_end(self, trainer: Any, *_: object) -> None:  # noqa: ANN401
+    def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
         """Logs the norms of a step that was taken in this batch, if it is one that is logged."""
         step = trainer.fit_loop.epoch_loop._batches_that_stepped  # noqa: SLF001  what LearningRateMonitor logs with
         for scalars in filter(None, [for_loggers.taken() for for_loggers in self._for_loggers]):

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Unpack
+from typing import Any, TypeAlias, Unpack
 
 from torch import Tensor, nn
 
@@ -17,15 +17,18 @@ from tamegrad.torch.sharded.sharding import local_part, mesh_of
 require_one_of(("transformers",), module=__name__, install="transformers accelerate")
 
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback  # noqa: E402  needs what is required
-from transformers.trainer_callback import ExportableState  # noqa: E402
+from transformers.trainer_callback import ExportableState  # noqa: E402  likewise
 
 __all__ = ["NormalizeGradients", "normalize_gradients"]
 
 _PREFIX = "grad"
 
+# Objects of Transformers, whose types are unknown where it is missing.
+Foreign: TypeAlias = Any
+
 
 def normalize_gradients(
-    trainer: Any,  # noqa: ANN401  a Trainer, whose types are not known here
+    trainer: Foreign,
     policy: object,
     *,
     normalize: NormalizedStep | None = None,
@@ -108,7 +111,7 @@ class NormalizeGradients(TrainerCallback):  # type: ignore[misc]  # its type is 
             first.
     """
 
-    def __init__(self, trainer: Any, policy: object, normalize: NormalizedStep | None, settings: Keywords) -> None:  # noqa: ANN401
+    def __init__(self, trainer: Foreign, policy: object, normalize: NormalizedStep | None, settings: Keywords) -> None:
         self.normalizer: AttachedNormalizer | None = None
         self._trainer = trainer
         self._policy = policy
@@ -118,11 +121,11 @@ class NormalizeGradients(TrainerCallback):  # type: ignore[misc]  # its type is 
 
     def on_train_begin(
         self,
-        args: Any,  # noqa: ANN401
-        state: Any,  # noqa: ANN401
-        control: Any,  # noqa: ANN401
-        model: Any = None,  # noqa: ANN401
-        optimizer: Any = None,  # noqa: ANN401
+        args: Foreign,
+        state: Foreign,
+        control: Foreign,
+        model: Foreign = None,
+        optimizer: Foreign = None,
         **_: object,
     ) -> None:
         """Attaches to the optimizer of this training, and keeps the trainer from clipping.
@@ -143,9 +146,9 @@ class NormalizeGradients(TrainerCallback):  # type: ignore[misc]  # its type is 
 
     def on_log(
         self,
-        args: Any,  # noqa: ANN401
-        state: Any,  # noqa: ANN401
-        control: Any,  # noqa: ANN401
+        args: Foreign,
+        state: Foreign,
+        control: Foreign,
         logs: dict[str, Any] | None = None,
         **_: object,
     ) -> None:
@@ -181,7 +184,7 @@ class NormalizeGradients(TrainerCallback):  # type: ignore[misc]  # its type is 
         if hasattr(self._trainer, "_mixed_mesh_grad_norm"):
             self._replace(self._trainer, "_mixed_mesh_grad_norm", measure_model)
 
-    def _replace(self, owner: Any, name: str, function: Callable[..., object]) -> None:  # noqa: ANN401
+    def _replace(self, owner: Foreign, name: str, function: Callable[..., object]) -> None:
         """Replaces a method of one object until the training ends."""
         setattr(owner, name, function)
         self._replaced.append((owner, name))
@@ -193,7 +196,7 @@ class NormalizeGradients(TrainerCallback):  # type: ignore[misc]  # its type is 
             delattr(owner, name)
         self._replaced.clear()
 
-    def _continue_counters(self, state: Any) -> None:  # noqa: ANN401
+    def _continue_counters(self, state: Foreign) -> None:
         assert self.normalizer is not None
         for callback in self._trainer.callback_handler.callbacks:
             if isinstance(callback, NormalizerCounters):
@@ -229,14 +232,16 @@ class NormalizerCounters(TrainerCallback, ExportableState):  # type: ignore[misc
 def _without_norms(log: Callable[..., Any]) -> Callable[..., Any]:
     """Returns the `on_log` of a callback that prints, so that hundreds of norms do not hide the loss."""
 
-    def on_log(args: object, state: object, control: object, logs: dict[str, Any] | None = None, **others: Any) -> Any:  # noqa: ANN401
+    def on_log(
+        args: object, state: object, control: object, logs: dict[str, Any] | None = None, **others: Foreign
+    ) -> Foreign:
         printed = {name: value for name, value in (logs or {}).items() if not name.startswith(f"{_PREFIX}/")}
         return log(args, state, control, logs=printed, **others)
 
     return on_log
 
 
-def _refuse_unsupported(trainer: Any) -> None:  # noqa: ANN401
+def _refuse_unsupported(trainer: Foreign) -> None:
     """Refuses a trainer for which something else steps.
 
     Raises:

@@ -80,7 +80,7 @@ def number(value: float | None, form: str = "g") -> str:
 
 
 def rules(results: Results) -> list[str]:
-    """Returns what "diverged" means in the table, and when the recommendation tells two strategies apart.
+    """Returns the legend of the table: what counts as diverged, and how large a lead has to be to rank strategies.
 
     Args:
         results: The results of the comparison.
@@ -94,11 +94,11 @@ def rules(results: Results) -> list[str]:
         f"uniform guessing ({settings['uniform_loss']:.2f} nats per byte). * recovered: the run ended under that limit."
     )
     one_seed = (
-        f"With one seed, strategies are told apart if their final losses differ by more than {MARGIN}: with the "
+        f"With one seed, strategies are ranked if their final losses differ by more than {MARGIN}: with the "
         "defaults, that is twice the standard deviation of such a difference over ten seeds."
     )
     several_seeds = (
-        "Strategies are told apart if the mean of their differences in final loss, seed by seed, is larger than its "
+        "Strategies are ranked if the mean of their differences in final loss, seed by seed, is larger than its "
         "95% uncertainty (a paired t-test: with the same seed, both see the same excerpts in the same order)."
     )
     if len(results["strategies"]) == 1:

@@ -36,7 +36,7 @@ The same recurrent network is trained on the same text from the same seed, once 
 gradient normalizations and once under PyTorch's global clip (torch-global). The command prints a table and what it
 shows, and writes a folder with results.json and index.html (open it in a browser, no network needed).
 
-One seed shows which strategies train. With several (--seeds 5) the command names the best one, if they can tell.
+One seed shows which strategies train. With several (--seeds 5) the command recommends one, if its lead is significant.
 
 The defaults make training unstable on purpose: without normalization the rnn's loss is not finite after a few steps.
 They take about a minute for each seed. Ctrl-C keeps the results so far.

@@ -88,7 +88,7 @@ class Results(TypedDict):
     schema: int
     partial: bool  # whether Ctrl-C ended it early
     recommended: str | None  # the one strategy that ended lowest; None if the seeds cannot tell
-    together: list[str]  # the strategies that ended lowest and that the seeds cannot tell apart
+    together: list[str]  # the strategies that ended lowest and are too close to rank
     recommendation: str
     settings: dict[str, Any]
     text: dict[str, Any]

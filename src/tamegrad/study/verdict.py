@@ -1,4 +1,4 @@
-"""What a comparison can tell: which strategies ended lowest, and which of them cannot be told apart."""
+"""What a comparison can tell: which strategies ended lowest, and which of them are too close to rank."""
 
 import math
 import statistics
@@ -23,8 +23,8 @@ class Verdict:
     """What a comparison can tell.
 
     Args:
-        recommended: The one strategy that ended lowest, if the seeds can tell.
-        together: The strategies that ended lowest and cannot be told apart, lowest first.
+        recommended: The one strategy that ended lowest, if the seeds are enough to rank it first.
+        together: The strategies that ended lowest and are too close to rank, lowest first.
         sentence: All of this for people to read, on one line.
     """
 
@@ -131,8 +131,10 @@ def _lowest(together: Sequence[_Outcome], others: Sequence[_Outcome]) -> str:
     if len(together) > 1:
         names = f"{', '.join(map(str, together[:-1]))} and {together[-1]}"
         if best.seeds == 1:
-            return f"One seed cannot tell apart {names}: they ended within {MARGIN} nats of the lowest held-out loss."
-        return f"{best.seeds} seeds cannot tell apart {names}, the lowest mean held-out losses."
+            return (
+                f"One seed is not enough to rank {names}: they ended within {MARGIN} nats of the lowest held-out loss."
+            )
+        return f"{best.seeds} seeds are not enough to rank {names}, the lowest mean held-out losses."
     if best.seeds == 1:
         lead = f", {best.lead_over(others[0])[0]:.3f} below the next, {others[0].name}" if others else ""
         return f"{best.name} ended with the lowest held-out loss, {best.loss:.3f}{lead}; that is one seed."
@@ -166,6 +168,6 @@ def _did_not_learn(outcomes: Sequence[_Outcome]) -> Iterator[str]:
 
 def _advice(seeds: int, together: Sequence[_Outcome]) -> Iterator[str]:
     if seeds == 1:
-        yield "Pass --seeds 5 to see what lasts."
+        yield "Pass --seeds 5 to compare over five seeds."
     elif len(together) > 1:
-        yield "More --seeds may tell."
+        yield "Try more --seeds."

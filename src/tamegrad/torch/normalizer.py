@@ -38,7 +38,7 @@ class GradientNormalizer:
             layers: Globs on module paths: each module that matches is one layer with all below it.
 
             on_nonfinite: What happens to a group with NaN or infinity. `"keep"` (the default) leaves it as it is,
-            `"zero"` makes it zero, and other groups are normalized as ever; `"skip_group"` sets its gradients to None
+            `"zero"` makes it zero, and other groups are normalized as usual; `"skip_group"` sets its gradients to None
             as well, so that the optimizer's next step leaves it out; `"skip"` leaves all groups as they are, `"raise"`
             raises. The last three read the device once a step.
 

@@ -20,7 +20,7 @@ from tamegrad.torch.model.planning import PlannedModel
 from tamegrad.torch.settings import Settings
 from tamegrad.torch.sharded.sharding import mesh_of
 
-__all__ = ["Step"]
+__all__ = ["Step", "TensorReport"]
 
 # What to do with non-finite gradients is up to the host in these cases, which reads the device for it.
 _READ_BY_THE_HOST = frozenset[OnNonfinite]({"skip_group", "skip", "raise"})
@@ -52,6 +52,7 @@ class Step:
         self.nonfinite_steps = torch.zeros(len(self.plan.groups), dtype=torch.int64, device="cpu")
         self._reduction = planned.reduction
         self._on_nonfinite: OnNonfinite = settings.on_nonfinite
+        self._may_stop = settings.on_nonfinite in {"skip", "raise"}
         self._backend: Backend = BACKENDS[self.backend.name](self.plan, planned.reduction.counted)
         self._names = tuple(parameter.name for parameter in self.plan.parameters)
         self.is_sharded = any(mesh_of(parameter) is not None for parameter in self.parameters)
@@ -97,17 +98,21 @@ class Step:
         Raises:
             SettingError: If the model of another rank changed, and not of this one.
         """
-        looks = self._on_host or self._on_nonfinite in {"skip", "raise"}
+        looks = self._on_host or self._on_nonfinite in _READ_BY_THE_HOST
         table, total = self._reduction.reduce(self._backend.measure(gradients, loss_scale), looks=looks)
         self.nonfinite_steps = self.nonfinite_steps.to(table.device)
-        known: dict[str, Any] = {"on_nonfinite": self._on_nonfinite, "loss_scale": loss_scale, "total": total}
-        known["middle_only"] = self._is_middle_only(gradients)
+        known: dict[str, Any] = {
+            "on_nonfinite": self._on_nonfinite,
+            "loss_scale": loss_scale,
+            "total": total,
+            "middle_only": self._is_middle_only(gradients),
+        }
         decision = self._backend.decide(table, nonfinite_steps=self.nonfinite_steps, **known)
         if self._may_overflow(decision, loss_scale):
             peaks = self._backend.peaks(gradients, decision, loss_scale)
             peaks = self._reduction.reduce_peaks(peaks, scaled=loss_scale is not None)
             decision = self._backend.decide(table, nonfinite_steps=None, peaks=peaks, **known)
-        if self._on_nonfinite not in {"skip", "raise"}:
+        if not self._may_stop:
             # Reading the device is what "keep" and "zero" spare.
             return decision, False
         # A gradient of any stage of a pipeline stops all of them.
@@ -188,7 +193,18 @@ class Step:
             )
 
 
-class _StepReport(Report[Tensor]):
+class TensorReport(Report[Tensor]):
+    """A report of tensors, which may be on a device."""
+
+    def _read(self) -> list[list[Any]]:
+        # One transfer; float64 holds every count of values.
+        columns = (self.norms, self.scales, self.norms_after, self.clipped, self.nonfinite)
+        read = torch.cat([*(column.to(torch.float64) for column in columns), self.total_norm.view(1)]).tolist()
+        size = len(self.groups)
+        return [read[start : start + size] for start in range(0, len(read), size)]
+
+
+class _StepReport(TensorReport):
     """A report that makes its tensors when they are read, since in most steps they are not."""
 
     _decision: Decision[Any]
@@ -221,13 +237,6 @@ class _StepReport(Report[Tensor]):
     @property
     def total_norm(self) -> Tensor:
         return _as_tensor(self._decision.total_norm)
-
-    def _read(self) -> list[list[Any]]:
-        # One transfer; float64 holds every count of values.
-        columns = (self.norms, self.scales, self.norms_after, self.clipped, self.nonfinite)
-        read = torch.cat([*(column.to(torch.float64) for column in columns), self.total_norm.view(1)]).tolist()
-        size = len(self.groups)
-        return [read[start : start + size] for start in range(0, len(read), size)]
 
 
 def _as_tensor(array: Any) -> Tensor:  # noqa: ANN401  an array of NumPy or PyTorch

@@ -47,7 +47,7 @@ class Summary:
     """Counts over many steps: how often each group was clipped or not finite, its largest and its median norm.
 
     `update` never reads the device; reading the summary reads it once. It takes 4 KiB for each group, however many
-    steps there are. Groups are told apart by name, so it goes on when the plan changes.
+    steps there are. Groups are identified by name, so it continues when the plan changes.
 
     Attributes:
         steps: How many reports were counted.
@@ -74,11 +74,11 @@ class Summary:
         self.skipped_steps = 0
         # The place of each group in the tables.
         self._places: dict[str, int] = {}
-        self._counts = torch.zeros(0, _FIRST_BIN + _BINS, dtype=torch.int32)
-        self._largest = torch.zeros(0, dtype=torch.float64)
+        self._counts = torch.zeros(0, _FIRST_BIN + _BINS, dtype=torch.int32, device="cpu")
+        self._largest = torch.zeros(0, dtype=torch.float64, device="cpu")
         # The groups of the last report, and where they are in the tables.
         self._groups: tuple[str, ...] = ()
-        self._rows = torch.zeros(0, dtype=torch.int64)
+        self._rows = torch.zeros(0, dtype=torch.int64, device="cpu")
 
     @torch.no_grad()
     def update(self, report: Report[Tensor]) -> None:
@@ -175,7 +175,7 @@ class Summary:
                 self.steps, self.skipped_steps = steps, skipped
                 self._places = {name: place for place, name in enumerate(groups)}
                 self._counts, self._largest = counts.clone(), largest.clone()
-                self._groups, self._rows = (), torch.zeros(0, dtype=torch.int64)
+                self._groups, self._rows = (), torch.zeros(0, dtype=torch.int64, device="cpu")
             case _:
                 raise SettingError(
                     "load_state_dict(state)",

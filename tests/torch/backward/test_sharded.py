@@ -13,16 +13,13 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 from support.ranks import run_on_ranks
+from support.training import adamw
 from support.transformer import Gpt, batches
 from tamegrad import Clip, Policy, SettingError
 from tamegrad.torch import StepInBackward, attach
 
 DATA = batches(bytes(range(256)) * 4, 2, rows=8)
 POLICY = Policy(Clip(0.05), {"*norm*": Clip(0.02, per="tensor"), "head": Clip(0.01, per="param_type")})
-
-
-def adamw(params: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(params, lr=0.01)
 
 
 def sharded(kind: str, ranks: int) -> Any:

@@ -13,21 +13,13 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint import state_dict as checkpoints
 
+from support.training import adamw, three_layers
 from support.transformer import Gpt, batches, equal_parameters, trained
 from tamegrad import Clip, Policy, Renormalize, SettingError, TamegradWarning, UnmatchedError
 from tamegrad.report import Report
 from tamegrad.torch import StepInBackward, Summary, attach
 
 DATA = batches(bytes(range(256)) * 4, 6)
-
-
-def adamw(params: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(params, lr=0.01)
-
-
-def a_model() -> Any:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
 
 
 def backward(model: nn.Module) -> None:
@@ -100,7 +92,7 @@ def test_a_state_of_an_older_pytorch_is_completed_as_the_optimizer_does_it() -> 
 
 
 def test_a_state_of_another_model_is_refused() -> None:
-    stepper = StepInBackward(a_model(), adamw, Clip(1.0))
+    stepper = StepInBackward(three_layers(), adamw, Clip(1.0))
     with pytest.raises(ValueError, match="doesn't match the size"):
         stepper.load_state_dict(Inside().optimizer.state_dict())
 
@@ -157,7 +149,7 @@ def test_a_learning_rate_that_is_a_tensor_is_shared_by_all_layers() -> None:
 
 
 def test_layers_with_hyper_parameters_of_their_own_keep_them() -> None:
-    model = a_model()
+    model = three_layers()
 
     def make(params: Any) -> torch.optim.Optimizer:
         return torch.optim.SGD(params, lr=0.5 if params[0] is model[0].weight else 0.25)
@@ -207,7 +199,7 @@ def test_step_without_any_gradient_warns_once() -> None:
 
 
 def test_only_some_parameters() -> None:
-    model = a_model()
+    model = three_layers()
     for parameter in model[0].parameters():
         parameter.requires_grad = False
     stepper = StepInBackward(model, adamw, Clip(1.0), parameters=[*model[4].parameters(), *model[2].parameters()])
@@ -229,11 +221,11 @@ class TestRefused:
             ({"make_optimizer": lambda params: params}, r"\(make_optimizer\): got a list for layer '0'"),
             ({"make_optimizer": torch.optim.LBFGS}, "got a LBFGS"),
             ({"make_optimizer": lambda params: adamw(params[:1])}, "with 1 parameters for layer '0'.*0.weight, 0.bias"),
-            ({"model": a_model().named_parameters()}, r"\(model\): got a generator"),
+            ({"model": three_layers().named_parameters()}, r"\(model\): got a generator"),
         ],
     )
     def test_at_construction(self, settings: Any, match: str) -> None:
-        arguments = {"model": a_model(), "make_optimizer": adamw, "policy": Clip(1.0), **settings}
+        arguments = {"model": three_layers(), "make_optimizer": adamw, "policy": Clip(1.0), **settings}
         with pytest.raises(SettingError, match=match):
             StepInBackward(**arguments)
         if isinstance(arguments["model"], nn.Module):
@@ -242,12 +234,12 @@ class TestRefused:
 
     def test_unknown_layers_and_overrides(self) -> None:
         with pytest.raises(UnmatchedError, match="override 'nowhere'"):
-            StepInBackward(a_model(), adamw, Clip(1.0), overrides={"nowhere": None})
+            StepInBackward(three_layers(), adamw, Clip(1.0), overrides={"nowhere": None})
         with pytest.raises(UnmatchedError, match="layers="):
-            StepInBackward(a_model(), adamw, Clip(1.0), layers=["nowhere"])
+            StepInBackward(three_layers(), adamw, Clip(1.0), layers=["nowhere"])
 
     def test_a_second_one(self) -> None:
-        model = a_model()
+        model = three_layers()
         first = StepInBackward(model, adamw, Clip(1.0))
         with pytest.raises(SettingError, match=r"the parameter 0.weight, that a StepInBackward steps already.*detach"):
             StepInBackward(model, adamw, Clip(1.0))
@@ -261,7 +253,7 @@ class TestRefused:
             first.step()
 
     def test_two_for_different_parameters_are_fine(self) -> None:
-        model = a_model()
+        model = three_layers()
         one = StepInBackward(model, adamw, Clip(1.0), parameters=model[0].parameters())
         other = StepInBackward(model, adamw, Clip(1.0), parameters=model[2:].parameters())
         backward(model)
@@ -269,7 +261,7 @@ class TestRefused:
         assert all(parameter.grad is None for parameter in model.parameters())
 
     def test_attach(self) -> None:
-        model = a_model()
+        model = three_layers()
         stepper = StepInBackward(model, adamw, Clip(1.0))
         with pytest.raises(
             SettingError, match="a StepInBackward, which normalizes.*choose the policy where it is made"
@@ -277,7 +269,7 @@ class TestRefused:
             attach(model, stepper, Clip(1.0))
 
     def test_further_parameters(self) -> None:
-        stepper = StepInBackward(a_model(), adamw, Clip(1.0))
+        stepper = StepInBackward(three_layers(), adamw, Clip(1.0))
         with pytest.raises(SettingError, match=r"add_param_group: got further parameters"):
             stepper.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
 
@@ -287,7 +279,7 @@ class TestRefused:
                 self.param_groups[0]["k"] = self.param_groups[0].get("k", 0) + 1
                 return super().step(closure)
 
-        model = a_model()
+        model = three_layers()
         stepper = StepInBackward(model, lambda params: Counting([{"params": params, "k": 0}], lr=0.1), Clip(1.0))
         with pytest.raises(SettingError, match=r"changes 'k' of its group.*layer '4' has been stepped"):
             backward(model)
@@ -297,13 +289,13 @@ class TestRefused:
 
     @pytest.mark.parametrize("make_copy", [copy.copy, copy.deepcopy, pickle.dumps])
     def test_copies(self, make_copy: Any) -> None:
-        stepper = StepInBackward(a_model(), adamw, Clip(1.0))
+        stepper = StepInBackward(three_layers(), adamw, Clip(1.0))
         with pytest.raises(SettingError, match="a copy or pickle of StepInBackward.*load the state_dict"):
             make_copy(stepper)
 
 
 def test_a_copied_model_has_no_hooks() -> None:
-    model = a_model()
+    model = three_layers()
     stepper = StepInBackward(model, adamw, Clip(1.0))
     other = copy.deepcopy(model)
     backward(other)
@@ -312,7 +304,7 @@ def test_a_copied_model_has_no_hooks() -> None:
 
 
 def test_the_policy_can_change_and_counters_stay() -> None:
-    model = a_model()
+    model = three_layers()
     stepper = StepInBackward(model, adamw, Clip(1.0), on_nonfinite="skip_group")
     handle = model[2].weight.register_hook(lambda gradient: gradient * math.nan)
     backward(model)
@@ -334,7 +326,7 @@ def test_the_policy_can_change_and_counters_stay() -> None:
 
 
 def test_counters_stay_when_the_model_has_moved_to_another_device() -> None:
-    model = a_model()
+    model = three_layers()
     stepper = StepInBackward(model, adamw, Clip(1.0), on_nonfinite="skip_group")
     handle = model[2].weight.register_hook(lambda gradient: gradient * math.nan)
     for _ in range(2):
@@ -347,7 +339,7 @@ def test_counters_stay_when_the_model_has_moved_to_another_device() -> None:
 
 
 def test_reports_are_snapshots_and_total_norms_do_not_overflow() -> None:
-    model = a_model().double()
+    model = three_layers().double()
     stepper = StepInBackward(model, lambda params: torch.optim.SGD(params, lr=0.0), Clip(1.0))
     backward(model)
     first = stepper.report
@@ -398,7 +390,7 @@ class TestLifetimes:
         assert all(reference() is None for reference in gradients)
 
     def test_a_forgotten_one_is_said(self) -> None:
-        model = a_model()
+        model = three_layers()
         StepInBackward(model, adamw, Clip(1.0))
         with pytest.warns(TamegradWarning, match="nothing steps this model: its StepInBackward is gone") as caught:
             backward(model)

@@ -8,20 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from support.training import adamw, three_layers
 from support.transformer import Gpt, batches, equal_parameters
 from tamegrad import Clip, NonFiniteGradientError, SettingError, TamegradWarning
 from tamegrad.torch import StepInBackward, attach
 
 DATA = batches(bytes(range(256)) * 4, 6)
-
-
-def adamw(params: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(params, lr=0.01)
-
-
-def a_model() -> Any:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
 
 
 def loss_of(model: nn.Module) -> Any:
@@ -61,16 +53,16 @@ class TestAccumulation:
         def second(model: Any) -> Any:
             return model[0](torch.ones(5, 3)).square().sum()
 
-        model = a_model()
+        model = three_layers()
         stepper = StepInBackward(model, adamw, Clip(1.0))
         with stepper.accumulate():
             first(model).backward()
         second(model).backward()
         assert all(parameter.grad is None for parameter in model.parameters())
-        assert equal_parameters(model, stepped_after(a_model, [[first, second]]))
+        assert equal_parameters(model, stepped_after(three_layers, [[first, second]]))
 
     def test_forgotten_is_said(self) -> None:
-        model = a_model()
+        model = three_layers()
         stepper = StepInBackward(model, adamw, Clip(1.0))
         loss_of(model).backward()
         loss_of(model).backward()
@@ -81,7 +73,7 @@ class TestAccumulation:
         stepper.step()
 
     def test_steps_that_are_held_back_for_ever_are_said(self) -> None:
-        model = a_model()
+        model = three_layers()
         stepper = StepInBackward(model, adamw, Clip(1.0))
         for _ in range(100):
             with stepper.accumulate():
@@ -93,14 +85,14 @@ class TestAccumulation:
             stepper.step()
 
     def test_zero_grad_drops_what_was_held_back(self) -> None:
-        model = a_model()
+        model = three_layers()
         stepper = StepInBackward(model, adamw, Clip(1.0))
         with stepper.accumulate():
             loss_of(model).backward()
         assert all(parameter.grad is not None for parameter in model.parameters())
         stepper.zero_grad()
         loss_of(model).backward()
-        assert equal_parameters(model, stepped_after(a_model, [[loss_of]]))
+        assert equal_parameters(model, stepped_after(three_layers, [[loss_of]]))
 
 
 class Choosing(nn.Module):
@@ -132,7 +124,7 @@ def test_unused_parameters_are_finished_at_the_end_of_backward() -> None:
 
 def test_frozen_parameters_are_not_waited_for_and_are_stepped_once_they_are_unfrozen() -> None:
     def make() -> Any:
-        model = a_model()
+        model = three_layers()
         model[2].weight.requires_grad = False
         model[4].requires_grad_(requires_grad=False)
         return model
@@ -163,7 +155,7 @@ class TestRefusedInsideBackward:
 
     @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")
     def test_create_graph(self) -> None:
-        model = a_model()
+        model = three_layers()
         stepper = StepInBackward(model, adamw, Clip(1.0))
         self.refused(lambda: loss_of(model).backward(create_graph=True), model, "create_graph=True.*autograd.grad")
         stepper.zero_grad()
@@ -171,7 +163,7 @@ class TestRefusedInsideBackward:
             loss_of(model).backward(create_graph=True)
         stepper.zero_grad()
         loss_of(model).backward()
-        assert equal_parameters(model, stepped_after(a_model, [[loss_of]]))
+        assert equal_parameters(model, stepped_after(three_layers, [[loss_of]]))
 
     def test_a_gradient_penalty_by_autograd_grad_is_right(self) -> None:
         def penalty(model: Any) -> Any:
@@ -179,17 +171,17 @@ class TestRefusedInsideBackward:
             (gradient,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
             return gradient.square().sum()
 
-        model = a_model()
+        model = three_layers()
         stepper = StepInBackward(model, adamw, Clip(1.0))
         penalty(model).backward()
         assert stepper.steps == 1
-        assert equal_parameters(model, stepped_after(a_model, [[penalty]]))
+        assert equal_parameters(model, stepped_after(three_layers, [[penalty]]))
 
     @pytest.mark.skipif(
         not hasattr(torch._C._autograd, "_get_current_graph_task_keep_graph"), reason="PyTorch does not tell"
     )
     def test_two_backward_passes_through_one_graph(self) -> None:
-        model = a_model()
+        model = three_layers()
         stepper = StepInBackward(model, adamw, Clip(1.0))
         loss = loss_of(model)
         self.refused(lambda: loss.backward(retain_graph=True), model, "retain_graph=True.*accumulate")
@@ -197,11 +189,11 @@ class TestRefusedInsideBackward:
         with stepper.accumulate():
             loss.backward(retain_graph=True)
         loss.backward()
-        twice = stepped_after(a_model, [[lambda model: 2 * loss_of(model)]])
+        twice = stepped_after(three_layers, [[lambda model: 2 * loss_of(model)]])
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twice.parameters(), strict=True))
 
     def test_a_second_graph_over_weights_that_changed_is_an_error_of_pytorch(self) -> None:
-        model = a_model()
+        model = three_layers()
         stepper = StepInBackward(model, adamw, Clip(1.0))
         first, second = loss_of(model), loss_of(model)
         first.backward()
@@ -218,7 +210,7 @@ class TestRefusedInsideBackward:
         assert stepper.steps == 0
 
     def test_reentrant_checkpoints_around_everything(self) -> None:
-        model = a_model()
+        model = three_layers()
         stepper = StepInBackward(model, adamw, Clip(1.0))
         x = torch.ones(5, 3, requires_grad=True)
 
@@ -263,7 +255,7 @@ def failing_loss(model: Any) -> Any:
 
 class TestBackwardThatRaises:
     def test_says_what_was_stepped_and_goes_on_after_zero_grad(self) -> None:
-        model = a_model()
+        model = three_layers()
         stepper = StepInBackward(model, adamw, Clip(1.0))
         before = [parameter.detach().clone() for parameter in model[:4].parameters()]
         with pytest.raises(FailingError):
@@ -277,7 +269,7 @@ class TestBackwardThatRaises:
         assert stepper.steps == 1
 
     def test_the_next_backward_does_not_use_what_is_left(self) -> None:
-        model = a_model()
+        model = three_layers()
         stepper = StepInBackward(model, adamw, Clip(1.0))
         with pytest.raises(FailingError):
             failing_loss(model).backward()
@@ -291,7 +283,7 @@ class TestBackwardThatRaises:
         assert stepper.steps == 1
 
     def test_a_non_finite_gradient_says_which_layers_were_stepped_before(self) -> None:
-        model = a_model()
+        model = three_layers()
         stepper = StepInBackward(model, adamw, Clip(1.0), on_nonfinite="raise")
         handle = model[2].weight.register_hook(lambda gradient: gradient * torch.nan)
         with pytest.raises(NonFiniteGradientError, match="layer '2'") as caught:
@@ -315,7 +307,7 @@ class TestBackwardThatRaises:
 
 class TestGradScaler:
     def test_is_refused_before_anything_is_stepped(self) -> None:
-        model = a_model()
+        model = three_layers()
         stepper = StepInBackward(model, adamw, Clip(1.0))
         scaler = torch.amp.GradScaler("cpu")
         before = [parameter.detach().clone() for parameter in model.parameters()]
@@ -325,7 +317,7 @@ class TestGradScaler:
         del stepper
 
     def test_is_refused_in_its_step(self) -> None:
-        model = a_model()
+        model = three_layers()
         stepper = StepInBackward(model, adamw, Clip(1.0))
         loss_of(model).backward()
         scaler = torch.amp.GradScaler("cpu")
@@ -334,18 +326,18 @@ class TestGradScaler:
             scaler.step(stepper)
 
     def test_that_is_not_enabled_is_fine(self) -> None:
-        model = a_model()
+        model = three_layers()
         stepper = StepInBackward(model, adamw, Clip(1.0))
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         scaler.scale(loss_of(model)).backward()
         scaler.step(stepper)
         scaler.update()
-        assert equal_parameters(model, stepped_after(a_model, [[loss_of]]))
+        assert equal_parameters(model, stepped_after(three_layers, [[loss_of]]))
 
 
 def test_compiled_models() -> None:
     def make() -> Any:
-        return a_model()
+        return three_layers()
 
     model = make()
     compiled: Any = torch.compile(model, backend="aot_eager")
@@ -361,7 +353,7 @@ def test_compiled_models() -> None:
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of compiled autograd itself
 def test_compiled_autograd_is_refused_before_anything_is_stepped() -> None:
-    model = a_model()
+    model = three_layers()
     stepper = StepInBackward(model, adamw, Clip(1.0))
     before = [parameter.detach().clone() for parameter in model.parameters()]
     with torch._dynamo.config.patch(compiled_autograd=True), pytest.raises(SettingError, match="compiled autograd"):

@@ -5,23 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from support.compiling import compile_counter, reset_compiler
+from support.training import a_model, backward
 from tamegrad import Clip, ClipValue, Renormalize, SettingError, TamegradWarning
 from tamegrad.torch import GradientNormalizer, attach, normalize_grad_
-
-
-def a_model() -> Any:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-
-
-def backward(model: nn.Module) -> Any:
-    loss = (100 * model(torch.ones(5, 3))).square().sum()
-    loss.backward()
-    return loss
 
 
 class Recording(torch.optim.Optimizer):
@@ -296,6 +286,7 @@ class TestSeveralOptimizers:
             torch.testing.assert_close(ours, theirs)
 
     def test_a_gradient_scaler_that_would_unscale_between_the_steps_is_refused(self) -> None:
+        # The second one is kept alive: an optimizer that is gone has no gradients to unscale.
         model, muon, _adamw, _ = self.make()
         before = model[0].weight.detach().clone()
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)

@@ -10,20 +10,10 @@ from torch import nn
 from torch.distributed import optim as distributed_optim
 
 from support.processes import run_python
+from support.training import a_model, backward
 from tamegrad import Clip, SettingError
 from tamegrad.torch import attach
 from tamegrad.torch.optimizers.wrappers import _REFUSED, _TRANSPARENT
-
-
-def a_model() -> Any:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-
-
-def backward(model: nn.Module) -> Any:
-    loss = (100 * model(torch.ones(5, 3))).square().sum()
-    loss.backward()
-    return loss
 
 
 def norms(model: nn.Module) -> list[float]:

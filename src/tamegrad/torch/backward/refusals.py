@@ -1,10 +1,9 @@
 """Refuses what cannot be right when layers are stepped inside backward."""
 
-import gc
 import sys
-from collections.abc import Iterable, Iterator
-from types import FrameType
-from typing import Any
+from collections.abc import Iterable
+from inspect import currentframe
+from traceback import walk_stack
 
 import torch
 from torch import nn
@@ -13,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tamegrad.errors import SettingError
 from tamegrad.groups import Plan
+from tamegrad.torch.living import living
 from tamegrad.torch.settings import Settings
 
 __all__ = [
@@ -83,7 +83,7 @@ def refuse_data_parallel(parameters: Iterable[nn.Parameter]) -> None:
     own = set(map(id, parameters))
     wrappers = [
         wrapper
-        for wrapper in _living(DistributedDataParallel)
+        for wrapper in living(DistributedDataParallel)
         if any(id(parameter) in own for parameter in wrapper.parameters())
     ]
     if wrappers:
@@ -103,7 +103,7 @@ def refuse_scaler() -> None:
     Raises:
         SettingError: If an enabled scaler is alive that has scaled a loss.
     """
-    for scaler in _living(GradScaler):
+    for scaler in living(GradScaler):
         if scaler.is_enabled() and scaler._scale is not None:  # noqa: SLF001  torch has no other name
             raise scaler_error("a GradScaler that has scaled a loss in this process; nothing has been stepped yet")
 
@@ -172,25 +172,10 @@ def refuse_compiled_autograd() -> None:
 def is_nested() -> bool:
     """Returns whether the backward pass of the calling hook was started by another one, as reentrant checkpoints do."""
     engines = 0
-    for frame in _stack():
+    for frame, _ in walk_stack(currentframe()):
         code = frame.f_code
         engines += code.co_filename == _ENGINE_FILE and code.co_name == "_engine_run_backward"
         in_function = engines and code.co_filename == _FUNCTION_FILE and code.co_name == "apply"
         if engines > 1 or in_function:
             return True
     return False
-
-
-def _stack() -> Iterator[FrameType]:
-    frame: FrameType | None = sys._getframe(2)  # noqa: SLF001
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
-
-
-def _living(kind: type) -> list[Any]:
-    """Returns all living objects of a class."""
-    if any(issubclass(type(one), kind) for one in gc.get_objects()):
-        # Some may only wait for it.
-        gc.collect()
-    return [one for one in gc.get_objects() if issubclass(type(one), kind)]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tamegrad.report import Report
+from tamegrad.torch.step import TensorReport
 
 __all__ = ["joined"]
 
@@ -15,7 +16,7 @@ def joined(parts: Sequence[Report[Tensor]]) -> Report[Tensor]:
     return _JoinedReport(parts)
 
 
-class _JoinedReport(Report[Tensor]):
+class _JoinedReport(TensorReport):
     """Several reports as one."""
 
     _parts: Sequence[Report[Tensor]]

@@ -32,7 +32,7 @@ class _Entry:
 
 
 class GradientDictionary:
-    """Gives every gradient of a dictionary a tensor that has it as its `.grad`, so that it is normalized as ever.
+    """Gives every gradient of a dictionary a tensor that has it as its `.grad`, so that it is normalized as usual.
 
     Args:
         entries: The gradients.

@@ -54,9 +54,9 @@ class HeldParameters(Selection):
     def check(self, plan: Plan, layers: ModelLayers, policy: Policy) -> None:
         """Warns if the norm of a layer or a parameter type covers only the part of it that the optimizers hold."""
         trained = layers.restricted_to(parameter for parameter in layers.parameters if parameter.requires_grad)
-        if not trained.parameters:
-            return
         held = {parameter.name for parameter in plan.parameters}
+        if all(parameter.name in held for layer in trained.layers for parameter in layer.parameters):
+            return
         whole = make_plan(trained.layers, policy)
         for group in whole.groups:
             names = [whole.parameters[member].name for member in group.members]

@@ -1,11 +1,11 @@
 """What happens around a step: its closure, the steps inside it, and whether gradients changed in between."""
 
-import operator
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from types import FrameType
+from inspect import currentframe
+from traceback import walk_stack
 from typing import Any, Literal, TypeAlias, get_args
 
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ class StepCall:
         """The closure that makes the gradients, if there is one; a loss, which some optimizers take, is none.
 
         Raises:
-            SettingError: If the gradients are made by callables that cannot be told apart.
+            SettingError: If there are several callables, so that it is unknown which one makes the gradients.
         """
         given = [value for value in self.args[1:] if callable(value)]
         others = [name for name, value in self.kwargs.items() if name != "closure" and callable(value)]
@@ -72,7 +72,7 @@ class StepCall:
             return False
         return any(
             frame.f_code.co_name == "_init_optim_state" and frame.f_globals.get("__name__") == _CHECKPOINT
-            for frame in _stack()
+            for frame, _ in walk_stack(currentframe())
         )
 
 
@@ -123,7 +123,7 @@ def _is_same(seen: tuple[weakref.ref[Tensor], int] | None, gradient: Tensor | No
 
 def _version(tensor: Tensor) -> int:
     # Inference tensors have no version.
-    return -1 if tensor.is_inference() else operator.attrgetter("_version")(tensor)
+    return -1 if tensor.is_inference() else tensor._version  # noqa: SLF001  torch has no other name
 
 
 def check_loss_scales(optimizers: Sequence[Optimizer]) -> None:
@@ -138,7 +138,7 @@ def check_loss_scales(optimizers: Sequence[Optimizer]) -> None:
     Raises:
         SettingError: If they differ; nothing was changed.
     """
-    for frame in _stack():
+    for frame, _ in walk_stack(currentframe()):
         if frame.f_code.co_filename == grad_scaler.__file__ and isinstance(frame.f_locals.get("self"), GradScaler):
             states = frame.f_locals["self"]._per_optimizer_states  # noqa: SLF001  torch shows it nowhere else
             divided = {states[id(one)]["stage"] is not grad_scaler.OptState.READY for one in optimizers}
@@ -153,21 +153,13 @@ def check_loss_scales(optimizers: Sequence[Optimizer]) -> None:
             )
 
 
-def _stack() -> Iterator[FrameType]:
-    """Yields the frames around the caller, innermost first."""
-    frame: FrameType | None = sys._getframe(2)  # noqa: SLF001
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
-
-
 def steps_around(optimizers: Sequence[Optimizer]) -> int:
     """Returns how many steps of some optimizers are running around the one that called this hook.
 
     The stack is the only witness that cannot be wrong: a counter stays up when a step raises.
     """
     running = 0
-    for frame in _stack():
+    for frame, _ in walk_stack(currentframe()):
         # The function that PyTorch wraps around `step`; torch.compile gives the rest of it another name.
         if frame.f_code.co_filename == _OPTIMIZER_FILE and "wrapper" in frame.f_code.co_name:
             running += any(frame.f_locals.get("self") is optimizer for optimizer in optimizers)

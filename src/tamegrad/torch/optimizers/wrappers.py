@@ -4,9 +4,8 @@ Wrappers are recognized by class, without importing their libraries, and never b
 `ZeroRedundancyOptimizer.optim`, for example, holds only a part of the parameters.
 """
 
-import gc
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from tamegrad.errors import SettingError
+from tamegrad.torch.living import living
 from tamegrad.torch.model.unsupported import refuse_deepspeed
 
 __all__ = ["held_by", "hook_inherited_steps", "optimizers_inside", "optimizers_to_attach_to"]
@@ -191,10 +191,8 @@ def _refuse_part_of_zero(optimizer: Optimizer) -> None:
     """Refuses the optimizer inside a `ZeroRedundancyOptimizer`, which holds this rank's part of the parameters."""
     if _ZERO not in sys.modules or not torch.distributed.is_initialized():
         return
-    zero: type = sys.modules[_ZERO].ZeroRedundancyOptimizer
     # The optimizer inside does not know its owner.
-    owners: Iterable[Any] = (owner for owner in gc.get_objects() if issubclass(type(owner), zero))
-    if any(vars(owner).get("optim") is optimizer for owner in owners):
+    if any(owner.optim is optimizer for owner in living(sys.modules[_ZERO].ZeroRedundancyOptimizer)):
         raise _error(
             f"the {type(optimizer).__name__} inside a ZeroRedundancyOptimizer, which holds a part of the parameters",
             "attach to the ZeroRedundancyOptimizer itself",
