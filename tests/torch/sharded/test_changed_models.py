@@ -4,6 +4,7 @@ import time
 from typing import Any
 
 import pytest
+import torch
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -112,3 +113,23 @@ def test_a_policy_changes_on_all_ranks_or_on_none() -> None:
         assert norms_after == pytest.approx([1e-4])
     for refusal, _ in run_on_ranks(a_policy_that_changed, 2, [1]):
         assert "changed on rank 1" in refusal
+
+
+def a_change_under_another_default_device() -> list[float]:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model: Any = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    for layer in model:
+        fully_shard(layer, mesh=mesh)
+    with_gradients(model)
+    with torch.device("meta"):
+        normalizer = GradientNormalizer(model, Clip(1e-3))
+        normalizer.normalize_()
+        del model[1]
+        report = normalizer.normalize_()
+    norms: list[float] = report.norms_after.tolist()
+    return norms
+
+
+def test_another_default_device_changes_nothing() -> None:
+    for norms in run_on_ranks(a_change_under_another_default_device, 2):
+        assert norms == pytest.approx([1e-3])

@@ -173,7 +173,7 @@ class Reduction:
         if self._group is None and not self._stages:
             return
         mine = torch.zeros(1, COLUMNS, dtype=torch.float64, device="cpu")
-        mine[0, :2] = torch.tensor([1.0, dist.get_rank()])
+        mine[0, 0], mine[0, 1] = 1.0, dist.get_rank()
         table = torch.full((groups, COLUMNS), math.nan, dtype=torch.float64, device="cpu")
         _, _, changed = self._reduce(table, mine)
         everyone = 1 if self._group is None else dist.get_world_size(self._group)

@@ -4,6 +4,7 @@ A sharded tensor is PyTorch's `DTensor`, recognized by its `device_mesh`, so tha
 `torch.distributed`. A rank is a process.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -116,7 +117,7 @@ def _parallel_slices(mesh: "DeviceMesh") -> list[list[int]]:
     places = torch.isin(root, mesh.mesh).nonzero()
     runs = places.amax(0) > places.amin(0)
     order = [*(~runs).nonzero().flatten().tolist(), *runs.nonzero().flatten().tolist()]
-    length = int(torch.tensor(root.shape)[runs].prod())
+    length = math.prod(root.shape[dimension] for dimension in runs.nonzero().flatten().tolist())
     slices: list[list[int]] = root.permute(order).reshape(-1, length).tolist()
     return slices
 
